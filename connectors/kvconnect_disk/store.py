@@ -1,0 +1,200 @@
+"""A block store over a file system: one file a block, published by rename.
+
+Whole blocks or none: a file is written under a temporary name, then renamed. After kill -9 the rename either happened or
+did not; after a power cut a file may be torn, which its frame's checksum shows, unless ``sync`` is set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from kvconnect.options import ByteSize, Options
+from kvconnect.protocol import BlockKey
+from kvconnect.store import BlockStore, StoreCapabilities, StoreContext
+from kvconnect_disk.folder import StoreFolder
+
+__all__ = ["DiskOptions", "DiskStore"]
+
+_HASH_BYTE = 32  # first byte of the hash in a key: spreads over the 256 folders, as the namespace would not
+_PAGE = 4096
+_KEEP = 0.95  # an eviction frees a twentieth, so that scans are rare
+
+
+class DiskOptions(Options, frozen=True):
+    """Options of ``disk://``.
+
+    Attributes:
+        path: The folder.
+        capacity: Bytes that all processes together keep there; the least recently read blocks go first.
+        sync: Wait until each file is on the medium before it is published; survives power cuts, and is slow.
+    """
+
+    path: str
+    capacity: ByteSize = ByteSize("10GiB")
+    sync: bool = False
+
+
+class DiskStore(BlockStore):
+    """One folder, used by any number of processes at once."""
+
+    Options = DiskOptions
+    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(durable=True, shared=True, scans=True, concurrency=4)
+
+    def __init__(self, options: DiskOptions, context: StoreContext) -> None:
+        """Open the folder; see `StoreFolder`."""
+        self._options = options
+        self._folder = StoreFolder(Path(options.path).expanduser().absolute())
+        self._blocks = os.fspath(self._folder.blocks)
+        self._numbers = itertools.count()
+        with self._folder.locked():
+            self._recount(self._options.capacity)
+
+    def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Look for each key's file."""
+        return [_is_file(self._path(key)) for key in keys]
+
+    def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
+        """Read each file whole; one that cannot be read misses alone."""
+        return [self._read(self._path(key), buffer) for key, buffer in zip(keys, buffers, strict=True)]
+
+    def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
+        """Publish each frame; False when there is no room for it or its name is taken by something else."""
+        return [self._write(self._path(key), frame) for key, frame in zip(keys, frames, strict=True)]
+
+    def remove(self, keys: Sequence[BlockKey]) -> None:
+        """Delete each key's file; what is no file is left alone."""
+        for key in keys:
+            path = self._path(key)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+                freed = _charged(os.stat(path).st_size)
+                os.unlink(path)
+                with self._folder.locked():
+                    self._folder.usage -= freed
+
+    def scan(self) -> Iterator[BlockKey]:
+        """Yield the keys that have a file."""
+        for path in self._files():
+            with contextlib.suppress(ValueError):
+                yield BlockKey(bytes.fromhex(os.path.basename(path)))
+
+    def close(self) -> None:
+        """Close the folder."""
+        self._folder.close()
+
+    def _path(self, key: BlockKey) -> str:
+        return f"{self._blocks}/{key[_HASH_BYTE]:02x}/{key.hex()}"
+
+    def _read(self, path: str, buffer: memoryview) -> int | None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if os.fstat(fd).st_size > len(buffer):
+                return None
+            filled = 0
+            while count := os.readv(fd, [buffer[filled:]]):
+                filled += count
+                if filled == len(buffer):
+                    break
+            os.utime(fd)  # the order of eviction, shared by all processes
+            return filled
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+
+    def _write(self, path: str, frame: memoryview) -> bool:
+        size = _charged(len(frame))
+        if not self._take_room(size):
+            return False
+        temporary = os.fspath(self._folder.tmp / str(next(self._numbers)))
+        published = False
+        try:
+            replaced = _charged(os.stat(path).st_size) if _is_file(path) else 0
+            try:
+                self._write_file(temporary, frame)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                return False
+            try:
+                os.replace(temporary, path)
+            except (IsADirectoryError, NotADirectoryError):  # something else has the name
+                return False
+            published = True
+            size = replaced
+            return True
+        finally:
+            if not published:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            if size:
+                with self._folder.locked():
+                    self._folder.usage -= size
+
+    def _write_file(self, path: str, frame: memoryview) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            written = 0
+            while written < len(frame):
+                written += os.write(fd, frame[written:])
+            if self._options.sync:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _take_room(self, size: int) -> bool:
+        """Account for `size` more bytes, evicting if they do not fit; False if they never will."""
+        if size > self._options.capacity:
+            return False
+        with self._folder.locked():
+            used = self._folder.usage
+            if used + size > self._options.capacity:
+                used = self._recount(int(self._options.capacity * _KEEP) - size)
+                if used + size > self._options.capacity:
+                    return False
+            self._folder.usage = used + size
+            return True
+
+    def _recount(self, limit: int) -> int:
+        """Count what is there, evict down to `limit` if it is more, and account for the rest. Under the lock."""
+        files = []
+        for path in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                info = os.stat(path)
+                files.append((info.st_mtime_ns, _charged(info.st_size), path))
+        used = sum(size for _, size, _ in files)
+        if used > limit:
+            for _, size, path in sorted(files):
+                if used <= limit:
+                    break
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                    used -= size
+        self._folder.usage = used
+        return used
+
+    def _files(self) -> Iterator[str]:
+        for byte in range(256):
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self._blocks}/{byte:02x}") as entries:
+                yield from (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+
+
+def _charged(size: int) -> int:
+    """Return the bytes that a file of `size` takes on the medium, by the page."""
+    return -(-size // _PAGE) * _PAGE
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False

@@ -1,0 +1,55 @@
+"""The offload connector, and with it the host tier: ``host://?capacity=4GiB``. The smallest connector to read.
+
+Alone it keeps blocks in host memory; with stores behind it in the list, they lie below that memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvconnect.options import ByteSize, Options, Secret
+from kvconnect.protocol import Capabilities, Connector, LeaderContext, WorkerContext, hookimpl
+
+if TYPE_CHECKING:
+    from kvconnect.leader import OffloadLeader
+    from kvconnect.worker import OffloadWorker
+
+__all__ = ["HostConnector", "HostOptions", "kvconnect_register"]
+
+
+class HostOptions(Options, frozen=True):
+    """Options of ``host://``.
+
+    Attributes:
+        capacity: Host bytes of the whole engine, divided by the ranks on the machine.
+        key_secret: Keys the block hashes, so that who can list a store cannot confirm a guessed prompt; the same for
+            everyone who shares it.
+    """
+
+    capacity: ByteSize = ByteSize("2GiB")
+    key_secret: Secret = Secret("")
+
+
+class HostConnector(Connector):
+    """One leader and one worker for every store."""
+
+    Options = HostOptions
+    capabilities = Capabilities(several_groups=True, several_ranks=True, needs=("handshake", "reports"))
+
+    def make_leader(self, options: HostOptions, context: LeaderContext) -> OffloadLeader:
+        """Make the offload leader."""
+        from kvconnect.leader import OffloadLeader  # late: listing connectors needs no leader
+
+        return OffloadLeader(context, key_secret=options.key_secret.encode())
+
+    def make_worker(self, options: HostOptions, context: WorkerContext) -> OffloadWorker:
+        """Make one rank's offload worker."""
+        from kvconnect.worker import OffloadWorker  # late: it imports torch
+
+        return OffloadWorker(context, capacity=options.capacity)
+
+
+@hookimpl
+def kvconnect_register(registry: Any) -> None:
+    """Register ``host``."""
+    registry.add("host", "kvconnect_host:HostConnector")

@@ -1,0 +1,402 @@
+"""What an engine calls. A connector's hooks, each guarded: whatever one raises or returns, the engine goes on.
+
+A failed hook costs speed: it is counted, logged once a minute, and answered with "nothing matched", "nothing saved" or
+"these loads failed". Rubbish answers are treated like exceptions. Opening a connector is the exception to the rule: what
+is configured wrongly is raised at start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from kvconnect.errors import KVConnectError, MetadataError, PluginError
+from kvconnect.hooks import bind_hooks
+from kvconnect.log import FailureLog
+from kvconnect.protocol import (
+    EngineCapabilities,
+    Finished,
+    KVCacheLayout,
+    LeaderContext,
+    LeaderHooks,
+    Match,
+    Namespace,
+    Report,
+    RequestView,
+    SchedulerOutput,
+    WorkerContext,
+    WorkerHooks,
+    check_fit,
+)
+from kvconnect.registry import Registry, ResolvedConnector, load_registry
+
+__all__ = ["LeaderDriver", "WorkerDriver", "open_connector", "open_leader", "open_worker", "resolve_connector"]
+
+logger = logging.getLogger(__name__)
+
+_NOTHING: frozenset[str] = frozenset()
+_NO_MATCH = Match(0, False)
+
+
+class _Driver:
+    """Guards one half's hooks; counts failures and the time spent inside."""
+
+    def __init__(self, half: str, hooks: Mapping[str, Callable[..., Any]]) -> None:
+        self._hooks = hooks
+        self._half = half
+        self._log = FailureLog(logger)
+        self._closed = False
+        self.seconds_in_hooks = 0.0
+
+    def _call(self, name: str, default: Any, *args: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return self._hooks[name](*args)
+        except Exception as error:  # promise 2: nothing a connector raises reaches a request
+            self._failed(name, error)
+            return default
+        finally:
+            self.seconds_in_hooks += time.perf_counter() - started
+
+    def _failed(self, name: str, error: BaseException | str) -> None:
+        self._log.failed(f"{self._half}.{name}", error)
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return the half's own counters, and under ``hooks`` the driver's: failures by hook, seconds inside."""
+        stats = self._call("get_stats", {})
+        if not isinstance(stats, dict):
+            self._failed("get_stats", f"returned {type(stats).__name__}")
+            stats = {}
+        return {**stats, "hooks": {"failures": dict(self._log.counts), "seconds": self.seconds_in_hooks}}
+
+    def shutdown(self) -> None:
+        """Shut the half down; twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._call("shutdown", None)
+
+
+class LeaderDriver(_Driver):
+    """The scheduler's side. One thread calls it."""
+
+    def __init__(self, leader: LeaderHooks, *, block_size: int, wrappers: Sequence[object] = ()) -> None:
+        """Bind the leader's hooks.
+
+        Args:
+            leader: The implementation.
+            block_size: Tokens a block, against which answers are checked.
+            wrappers: Observers.
+
+        Raises:
+            PluginError: If the leader does not follow the protocol.
+        """
+        super().__init__("leader", bind_hooks(LeaderHooks, leader, wrappers))
+        self._block_size = block_size
+
+    def set_handshake_metadata(self, per_rank: Sequence[bytes]) -> None:
+        """Hand over what each rank said."""
+        self._call("set_handshake_metadata", None, per_rank)
+
+    def on_new_request(self, request: RequestView) -> None:
+        """Tell of a new request."""
+        self._call("on_new_request", None, request)
+
+    def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> Match:
+        """Ask what could be loaded; an answer that breaks the rules counts as no match."""
+        match = self._call("get_num_new_matched_tokens", _NO_MATCH, request, num_computed_tokens)
+        wrong = self._wrong_match(match, request, num_computed_tokens)
+        if wrong:
+            self._failed("get_num_new_matched_tokens", wrong)
+            return _NO_MATCH
+        return Match(*match)
+
+    def _wrong_match(self, match: Any, request: RequestView, num_computed_tokens: int) -> str:
+        if not isinstance(match, tuple) or len(match) != 2:
+            return f"returned {match!r}, not a Match"
+        count, load_async = match
+        if count is None or count == 0:
+            return f"Match({count}, True): nothing cannot be loaded asynchronously" if load_async else ""
+        if not isinstance(count, int) or count < 0 or count % self._block_size:
+            return f"offered {count!r} tokens, not whole blocks of {self._block_size}"
+        if num_computed_tokens + count >= len(request.tokens):
+            return f"offered {count} tokens on top of {num_computed_tokens}, of {len(request.tokens)}: none is left"
+        return ""
+
+    def update_state_after_alloc(
+        self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
+    ) -> None:
+        """Tell of an allocation."""
+        self._call("update_state_after_alloc", None, request, block_ids, num_external_tokens)
+
+    def cancel_load(self, request: RequestView, start: int, end: int) -> None:
+        """Tell that offered tokens will not be used."""
+        self._call("cancel_load", None, request, start, end)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> bytes | None:
+        """Return the step's plan, None if the leader failed: then no worker is bound, and the step's loads failed."""
+        meta = self._call("build_connector_meta", None, scheduler_output)
+        if meta is not None and not isinstance(meta, bytes):
+            self._failed("build_connector_meta", f"returned {type(meta).__name__}, not bytes")
+            return None
+        return meta
+
+    def update_connector_output(self, reports: Sequence[bytes]) -> None:
+        """Hand over one step's reports, one a rank."""
+        self._call("update_connector_output", None, reports)
+
+    def request_finished(self, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
+        """Tell that a request ended; True keeps its pages until it is reported as saved."""
+        return self._call("request_finished", False, request, block_ids) is True
+
+    def request_reset(self, request: RequestView) -> None:
+        """Tell that a request lost its pages and will run again."""
+        self._call("request_reset", None, request)
+
+    def has_pending_work(self) -> bool:
+        """Ask whether to keep stepping without tokens."""
+        return self._call("has_pending_work", False) is True
+
+    def take_events(self) -> Sequence[Any]:
+        """Take what was stored and removed."""
+        events = self._call("take_events", ())
+        return events if isinstance(events, Sequence) else ()
+
+    def reset_cache(self) -> bool:
+        """Make what was saved so far unmatchable."""
+        return self._call("reset_cache", False) is True
+
+
+class WorkerDriver(_Driver):
+    """The model runner's side, one a rank. One thread calls it."""
+
+    def __init__(self, worker: WorkerHooks, *, rank: int = 0, wrappers: Sequence[object] = ()) -> None:
+        """Bind the worker's hooks.
+
+        Raises:
+            PluginError: If the worker does not follow the protocol.
+        """
+        super().__init__("worker", bind_hooks(WorkerHooks, worker, wrappers))
+        self._rank = rank
+        self._bound = False
+        self._broken = ""
+        self._wait_layer = self._hooks["wait_for_layer_load"]
+        self._save_layer = self._hooks["save_kv_layer"]
+
+    def register_kv_caches(self, layout: KVCacheLayout) -> None:
+        """Hand over the cache.
+
+        Raises:
+            KVConnectError: Whatever the worker raised; the engine does not start.
+        """
+        try:
+            self._hooks["register_kv_caches"](layout)
+        except KVConnectError:
+            raise
+        except Exception as error:
+            raise PluginError(f"worker cannot use the KV cache: {type(error).__name__}: {error}") from error
+
+    def get_handshake_metadata(self) -> bytes:
+        """Return what the leader must know; empty, which turns the connector off, if the worker failed."""
+        meta = self._call("get_handshake_metadata", b"")
+        return meta if isinstance(meta, bytes) else b""
+
+    def bind(self, meta: bytes | None) -> None:
+        """Begin a step: `handle_preemptions`, then `bind_connector_meta`.
+
+        Args:
+            meta: The step's plan; None if there is none, then the step's other hooks are not called.
+        """
+        self._broken = ""
+        self._bound = False
+        if meta is None:
+            self._broken = "no plan"
+            return
+        self._step_call("handle_preemptions", meta)
+        if not self._broken:
+            self._step_call("bind_connector_meta", meta)
+        self._bound = not self._broken
+
+    def start_load_kv(self) -> None:
+        """Start the plan's loads."""
+        if self._bound:
+            self._step_call("start_load_kv")
+
+    def wait_for_layer_load(self, layer: int) -> None:
+        """Wait until `layer` may be attended to."""
+        if self._bound:
+            try:
+                self._wait_layer(layer)
+            except Exception as error:
+                self._step_failed("wait_for_layer_load", error)
+
+    def save_kv_layer(self, layer: int) -> None:
+        """Tell that `layer`'s KV is in the pages."""
+        if self._bound:
+            try:
+                self._save_layer(layer)
+            except Exception as error:
+                self._step_failed("save_kv_layer", error)
+
+    def wait_for_save(self) -> None:
+        """Wait until the pages may be written again."""
+        if self._bound:
+            self._step_call("wait_for_save")
+
+    def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
+        """Return whose asynchronous transfers ended."""
+        finished = self._call("get_finished", None, finished_req_ids)
+        if not isinstance(finished, tuple) or len(finished) != 3:
+            return Finished(_NOTHING, _NOTHING, _NOTHING)
+        return Finished(*finished)
+
+    def get_block_ids_with_load_errors(self) -> list[set[int]] | None:
+        """Return the pages that were not loaded, by group; None if no load of this step can be trusted."""
+        if self._broken:
+            return None
+        pages = self._call("get_block_ids_with_load_errors", None)
+        if not isinstance(pages, list) or not all(isinstance(group, set) for group in pages):
+            self._step_failed("get_block_ids_with_load_errors", f"returned {type(pages).__name__}")
+            return None
+        return pages
+
+    def build_worker_report(self) -> bytes:
+        """Return the step's report; empty if there is none to be trusted, marked if one of the step's hooks failed."""
+        if not self._bound:
+            return b""
+        report = self._call("build_worker_report", b"")
+        if not isinstance(report, bytes):
+            self._failed("build_worker_report", f"returned {type(report).__name__}, not bytes")
+            return b""
+        if not self._broken:
+            return report
+        try:
+            return msgspec.structs.replace(Report.decode(report), error=self._broken).encode()
+        except MetadataError:  # a format of its own: the leader is told nothing rather than half
+            return b""
+
+    def _step_call(self, name: str, *args: Any) -> None:
+        started = time.perf_counter()
+        try:
+            self._hooks[name](*args)
+        except Exception as error:
+            self._step_failed(name, error)
+        finally:
+            self.seconds_in_hooks += time.perf_counter() - started
+
+    def _step_failed(self, name: str, error: BaseException | str) -> None:
+        self._failed(name, error)
+        self._broken = f"{name}: {error}" if isinstance(error, str) else f"{name}: {type(error).__name__}: {error}"
+
+
+def resolve_connector(connector: Any, registry: Registry | None = None) -> ResolvedConnector:
+    """Turn what ``connector=`` takes into one connector, discovering plugins if there is no `registry` yet."""
+    return (registry or load_registry()).resolve(connector)
+
+
+def open_leader(
+    resolved: ResolvedConnector,
+    *,
+    namespace: Namespace,
+    engine: EngineCapabilities,
+    block_size: int,
+    num_ranks: int = 1,
+    registry: Registry | None = None,
+) -> LeaderDriver:
+    """Make and bind the leader.
+
+    Raises:
+        UnsupportedError: If connector and engine do not fit; the message says why.
+        KVConnectError: If the connector cannot work as configured.
+    """
+    check_fit(resolved.name, resolved.connector.capabilities, engine, num_ranks=num_ranks)
+    namespace.digest(block_size)  # a model without identity is refused here, not at the first block
+    context = LeaderContext(namespace=namespace, engine=engine, num_ranks=num_ranks, tiers=resolved.tiers)
+    wrappers = (registry or load_registry()).load_wrappers("leader")
+    leader = resolved.connector.make_leader(resolved.options, context)
+    return LeaderDriver(leader, block_size=block_size, wrappers=wrappers)
+
+
+def open_worker(
+    resolved: ResolvedConnector,
+    *,
+    namespace: Namespace,
+    engine: EngineCapabilities,
+    rank: int = 0,
+    num_ranks: int = 1,
+    local_ranks: int = 1,
+    registry: Registry | None = None,
+) -> WorkerDriver:
+    """Make and bind one rank's worker.
+
+    Raises:
+        KVConnectError: If the connector cannot work as configured.
+    """
+    context = WorkerContext(
+        namespace=namespace,
+        engine=engine,
+        rank=rank,
+        num_ranks=num_ranks,
+        local_ranks=local_ranks,
+        tiers=resolved.tiers,
+    )
+    wrappers = (registry or load_registry()).load_wrappers("worker")
+    worker = resolved.connector.make_worker(resolved.options, context)
+    return WorkerDriver(worker, rank=rank, wrappers=wrappers)
+
+
+def open_connector(
+    connector: Any,
+    layouts: Sequence[KVCacheLayout],
+    *,
+    namespace: Namespace,
+    engine: EngineCapabilities,
+    registry: Registry | None = None,
+) -> tuple[LeaderDriver, list[WorkerDriver]]:
+    """Open both halves in one process, register every rank's cache, and shake hands.
+
+    Args:
+        connector: What ``connector=`` takes.
+        layouts: One per rank.
+        namespace: What the keys start with.
+        engine: What the engine can do.
+        registry: Known plugins; discovered if None.
+
+    Raises:
+        KVConnectError: If anything does not fit; what was opened is closed again.
+    """
+    registry = registry or load_registry()
+    resolved = registry.resolve(connector)
+    count = len(layouts)
+    leader = open_leader(
+        resolved,
+        namespace=namespace,
+        engine=engine,
+        block_size=layouts[0].groups[0].block_size,
+        num_ranks=count,
+        registry=registry,
+    )
+    workers: list[WorkerDriver] = []
+    try:
+        for rank, layout in enumerate(layouts):
+            worker = open_worker(
+                resolved,
+                namespace=namespace,
+                engine=engine,
+                rank=rank,
+                num_ranks=count,
+                local_ranks=count,
+                registry=registry,
+            )
+            workers.append(worker)
+            worker.register_kv_caches(layout)
+    except BaseException:
+        leader.shutdown()
+        for worker in workers:
+            worker.shutdown()
+        raise
+    leader.set_handshake_metadata([worker.get_handshake_metadata() for worker in workers])
+    return leader, workers

@@ -1,0 +1,263 @@
+"""The engine: ``LLM(...).generate(...)``. Reference, not for serving: small, exact, and the specification of every hook's call.
+
+Read `LLM.step`: it is one engine step, with every call that a connector gets, in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+
+from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
+from kvconnect.engine.model import load_model
+from kvconnect.engine.pages import PagedCache
+from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams
+from kvconnect.engine.runner import ModelRunner
+from kvconnect.engine.scheduler import Batch, Scheduler
+from kvconnect.errors import Closed, ConfigError
+from kvconnect.options import ByteSize
+from kvconnect.protocol import EngineCapabilities
+
+__all__ = ["ENGINE_CAPABILITIES", "LLM"]
+
+ENGINE_CAPABILITIES = EngineCapabilities(
+    can_ask_again=True,
+    load_errors="block",
+    reports=True,
+    handshake=True,
+    steps_when_idle=True,
+    layer_hooks=True,
+)
+
+_DRAIN_S = 30.0
+_IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
+
+
+class LLM:
+    """A model, its paged KV cache, and a connector."""
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | torch.nn.Module | None = None,
+        connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+        *,
+        block_size: int = 16,
+        kv_cache_bytes: int | str = "512MiB",
+        max_batch_tokens: int = 2048,
+        max_num_seqs: int = 16,
+        dtype: str | torch.dtype = "float32",
+        model_id: str | None = None,
+    ) -> None:
+        """Load the model and open the connector.
+
+        Args:
+            model: A checkpoint folder, a transformers model, or None for the embedded tiny Llama.
+            connector: One URL or mapping, or a list of them; None for none.
+            block_size: Tokens a block.
+            kv_cache_bytes: Bytes of the paged cache, all layer groups together; ``"1GiB"`` or a number.
+            max_batch_tokens: Tokens computed in one step; longer prompts are computed in chunks.
+            max_num_seqs: Requests running at once.
+            dtype: ``"float32"`` or ``"bfloat16"``.
+            model_id: An identity that replaces the digest of the weights in block keys.
+
+        Raises:
+            KVConnectError: If the model cannot be served or the connector does not fit, with the reason.
+        """
+        if block_size < 1 or max_batch_tokens < 1 or max_num_seqs < 1:
+            raise ConfigError("block_size, max_batch_tokens and max_num_seqs must be at least 1")
+        if isinstance(dtype, str):
+            dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+            if dtype not in dtypes:
+                raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(dtypes)}")
+            dtype = dtypes[dtype]
+        loaded = load_model(model, dtype=dtype, model_id=model_id)
+        num_pages = ByteSize(kv_cache_bytes) // (loaded.geometry.bytes_per_token * block_size)
+        if num_pages < 1:
+            raise ConfigError(f"kv_cache_bytes={kv_cache_bytes!r} does not hold one block of {block_size} tokens")
+        self.tokenizer = loaded.tokenizer
+        self.block_size = block_size
+        self._eos = _eos_tokens(loaded.model)
+        self._max_model_len = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        self._vocab_size = loaded.model.config.get_text_config().vocab_size
+        self._num_pages = num_pages
+        self._cache = PagedCache(loaded.geometry, block_size=block_size, num_pages=num_pages)
+        self._leader: LeaderDriver | None = None
+        self._workers: list[WorkerDriver] = []
+        if connector:
+            self._leader, self._workers = open_connector(
+                connector, [self._cache.layout()], namespace=loaded.namespace, engine=ENGINE_CAPABILITIES
+            )
+        self._scheduler = Scheduler(
+            self._cache, self._leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
+        )
+        self._runner = ModelRunner(loaded, self._cache, self._workers)
+        self._ids = itertools.count()
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, all of them in flight at once, and return the results in their order.
+
+        Args:
+            prompts: Texts, or lists of token ids.
+            params: For all prompts, or one for each.
+
+        Raises:
+            ConfigError: If a prompt is empty, too long for the pages or the model, or has ids out of the vocabulary.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or SamplingParams()] * len(prompts)
+        elif len(params) != len(prompts):
+            raise ConfigError(f"{len(prompts)} prompts and {len(params)} sampling parameters")
+        requests = [self._new_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        for request in requests:
+            self._scheduler.add(request)
+        finished: dict[str, RequestOutput] = {}
+        while self._scheduler.has_requests:
+            for output in self.step():
+                finished[output.request_id] = output
+        return [finished[request.request_id] for request in requests]
+
+    def step(self) -> list[RequestOutput]:
+        """Run one engine step; return the requests that it finished.
+
+        Raises:
+            Closed: After `close`.
+        """
+        if self._closed:
+            raise Closed("this LLM is closed")
+        batch = self._scheduler.schedule()
+        self._cache.fill_fresh(batch.fresh)
+        if self._leader is not None:
+            meta = self._leader.build_connector_meta(self._scheduler.output(batch))
+            for worker in self._workers:
+                worker.bind(meta)
+                worker.start_load_kv()
+        logits = self._runner.forward(batch) if batch.entries else None
+        if self._leader is not None:
+            self._end_connector_step(self._leader, batch)
+        if logits is None:
+            if self._scheduler.has_requests:
+                time.sleep(_IDLE_S)
+            return []
+        return list(self._finish_step(batch, logits))
+
+    def get_stats(self) -> dict[str, Any]:
+        """Return the engine's counters, and the leader's and the workers' under their names."""
+        stats: dict[str, Any] = {"preemptions": self._scheduler.num_preemptions, "pages": self._num_pages}
+        if self._leader is not None:
+            stats["leader"] = self._leader.get_stats()
+            stats["workers"] = [worker.get_stats() for worker in self._workers]
+        return stats
+
+    def reset_prefix_cache(self) -> None:
+        """Forget full pages on the device; the connector keeps what it has."""
+        for pool in self._cache.pools:
+            pool.forget_names()
+
+    def close(self, drain_s: float = _DRAIN_S) -> None:
+        """Finish what the connector has to save, and shut it down. Twice is fine.
+
+        Args:
+            drain_s: Seconds to wait for saves that are committed and on their way to a store.
+        """
+        if self._closed:
+            return
+        deadline = time.monotonic() + drain_s
+        while self._leader is not None and self._leader.has_pending_work() and time.monotonic() < deadline:
+            self.step()
+            time.sleep(_IDLE_S)
+        self._closed = True
+        if self._leader is not None:
+            self._leader.shutdown()
+        for worker in self._workers:
+            worker.shutdown()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _end_connector_step(self, leader: LeaderDriver, batch: Batch) -> None:
+        """Let saves read the pages, take what failed, and let the leader commit the rest."""
+        bad_pages: list[set[int]] | None = [set() for _ in self._cache.pools]
+        reports = []
+        for worker in self._workers:
+            worker.wait_for_save()
+            worker.get_finished(frozenset())
+            failed = worker.get_block_ids_with_load_errors()
+            bad_pages = None if failed is None or bad_pages is None else _union(bad_pages, failed)
+            reports.append(worker.build_worker_report())
+        leader.update_connector_output(reports)
+        self._scheduler.reject_failed_loads(batch, bad_pages)
+
+    def _finish_step(self, batch: Batch, logits: torch.Tensor) -> Iterator[RequestOutput]:
+        for row, (request, start, count) in zip(logits, batch.entries, strict=True):
+            if request not in batch.rejected:
+                yield from self._finish_entry(request, start, count, row)
+
+    def _finish_entry(self, request: EngineRequest, start: int, count: int, row: torch.Tensor) -> Iterator[RequestOutput]:
+        self._scheduler.advance(request, start, count)
+        if request.num_computed < len(request.tokens):
+            return  # a chunk of the prompt; its logits mean nothing
+        assert bool(torch.isfinite(row).all()), "attention read KV that nobody wrote"
+        token = int(row.argmax())
+        request.append(token)
+        ended = token in self._eos and not request.params.ignore_eos
+        if ended or len(request.generated) >= request.params.max_tokens:
+            self._scheduler.finish(request)
+            yield request.output(self._decode(request.generated))
+
+    def _new_request(self, prompt: str | Sequence[int], params: SamplingParams) -> EngineRequest:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("this model has no tokenizer; give prompts as lists of token ids")
+            prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if not prompt:
+            raise ConfigError("a prompt needs at least one token")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise ConfigError(f"prompt token ids must lie in [0, {self._vocab_size})")
+        total = len(prompt) + params.max_tokens
+        if -(-total // self.block_size) > self._num_pages:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens and {params.max_tokens} to generate need more than the "
+                f"{self._num_pages} pages of {self.block_size} tokens; give LLM a larger kv_cache_bytes"
+            )
+        if self._max_model_len is not None and total > self._max_model_len:
+            raise ConfigError(f"{total} tokens are more than the model's {self._max_model_len}")
+        return EngineRequest(
+            f"request-{next(self._ids)}",
+            prompt,
+            params,
+            block_size=self.block_size,
+            num_groups=len(self._cache.pools),
+        )
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        text: str = self.tokenizer.decode(tokens)
+        return text
+
+
+def _eos_tokens(model: Any) -> frozenset[int]:
+    """Return the tokens that end a sequence, by the model's generation settings."""
+    eos = model.generation_config.eos_token_id
+    return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def _union(pages: list[set[int]], more: Sequence[set[int]]) -> list[set[int]]:
+    return [mine | other for mine, other in zip(pages, more, strict=True)]

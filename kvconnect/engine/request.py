@@ -1,0 +1,149 @@
+"""One request as the engine sees it, and what comes out of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from kvconnect.errors import ConfigError
+from kvconnect.protocol import BlockChain, CacheUse, RequestView
+
+__all__ = ["EngineRequest", "RequestOutput", "SamplingParams"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to decode; greedy.
+
+    Attributes:
+        max_tokens: Tokens to generate at most; positive.
+        ignore_eos: Go on after the end-of-sequence token.
+        cache: What the request may do with the connector.
+        cache_salt: Keeps this caller's blocks apart from others'.
+    """
+
+    max_tokens: int = 16
+    ignore_eos: bool = False
+    cache: CacheUse = "both"
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what could not run.
+
+        Raises:
+            ConfigError: If no token may be generated.
+        """
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished request.
+
+    Attributes:
+        request_id: Its id.
+        prompt_tokens: Tokens of the prompt: computed, reused and loaded ones add up to it.
+        computed_tokens: Prompt tokens that the model ran over.
+        reused_tokens: Prompt tokens whose KV was on the device.
+        loaded_tokens: Prompt tokens whose KV came through the connector.
+        token_ids: What was generated.
+        text: The same, decoded; ``""`` without a tokenizer.
+        ttft_s: Seconds from arrival to the first token.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    computed_tokens: int
+    reused_tokens: int
+    loaded_tokens: int
+    token_ids: list[int]
+    text: str
+    ttft_s: float
+
+
+class EngineRequest:
+    """A request from arrival to its last token.
+
+    Attributes:
+        tokens: The prompt and what was generated.
+        tables: One block table a layer group; -1 where a block has no page.
+        num_computed: Tokens whose KV is in the pages.
+        num_named: Full blocks that other requests may find.
+        num_told: Tokens that the leader was told of.
+        num_reused: Of those computed when it was scheduled first, how many were on the device.
+        num_loaded: And how many came through the connector.
+        loading: Whether the step that runs loads for it.
+        failed_loads: Loads that failed; after `MAX_FAILED_LOADS` the leader is not asked again.
+        scheduled_before: Whether a step named it since it arrived or was reset.
+    """
+
+    MAX_FAILED_LOADS = 3
+
+    def __init__(
+        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, block_size: int, num_groups: int
+    ) -> None:
+        """Take a prompt of at least one token."""
+        self.request_id = request_id
+        self.params = params
+        self.num_prompt_tokens = len(prompt)
+        self.tokens = list(prompt)
+        self.chain = BlockChain(block_size, salt=params.cache_salt)
+        self.chain.extend(self.tokens)
+        self.tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.num_computed = 0
+        self.num_named = 0
+        self.num_told = len(self.tokens)
+        self.num_reused = 0
+        self.num_loaded = 0
+        self.loading = False
+        self.failed_loads = 0
+        self.scheduled_before = False
+        self.arrived_at = time.perf_counter()
+        self.first_token_at = 0.0
+        self.first_counts = (0, 0)
+
+    def view(self) -> RequestView:
+        """Return what a connector may know of it."""
+        return RequestView(
+            request_id=self.request_id,
+            tokens=self.tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+            cache_salt=self.params.cache_salt,
+            cache=self.params.cache,
+        )
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        if not self.first_token_at:
+            self.first_token_at = time.perf_counter()
+            self.first_counts = (self.num_reused, self.num_loaded)
+        self.tokens.append(token)
+        self.chain.extend((token,))
+
+    def reset(self) -> None:
+        """Go back to having computed nothing; what was generated stays."""
+        self.num_computed = self.num_named = 0
+        self.num_reused = self.num_loaded = 0
+        self.num_told = len(self.tokens)
+        self.loading = False
+        self.scheduled_before = False
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.tokens[self.num_prompt_tokens :]
+
+    def output(self, text: str) -> RequestOutput:
+        """Return the result."""
+        reused, loaded = self.first_counts
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_tokens=self.num_prompt_tokens,
+            computed_tokens=self.num_prompt_tokens - reused - loaded,
+            reused_tokens=reused,
+            loaded_tokens=loaded,
+            token_ids=self.generated,
+            text=text,
+            ttft_s=self.first_token_at - self.arrived_at,
+        )

@@ -1,0 +1,205 @@
+"""Decides what each step computes: continuous batching, chunked prefill, preemption. Calls the leader; runs no model.
+
+A step computes at most `max_batch_tokens` tokens. Running requests go first, then waiting ones in the order of arrival.
+When pages run out, the request that was admitted last gives its pages back and is computed again later.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from kvconnect.driver import LeaderDriver
+from kvconnect.engine.pages import PagedCache
+from kvconnect.engine.request import EngineRequest
+from kvconnect.protocol import ScheduledRequest, SchedulerOutput
+
+__all__ = ["Batch", "Scheduler"]
+
+
+class Batch:
+    """What one step computes.
+
+    Attributes:
+        entries: Each request with the tokens ``[start, start + count)`` that it computes.
+        fresh: Pages handed out for it, by layer group.
+        preempted: Requests that lost their pages.
+        rejected: Requests of `entries` whose loads failed: what was computed for them does not count.
+    """
+
+    def __init__(self, num_groups: int) -> None:
+        """Start empty."""
+        self.entries: list[tuple[EngineRequest, int, int]] = []
+        self.fresh: list[list[int]] = [[] for _ in range(num_groups)]
+        self.preempted: list[str] = []
+        self.rejected: set[EngineRequest] = set()
+
+    def remove(self, request: EngineRequest) -> int:
+        """Take a request out before the step has run; return the tokens it was to compute."""
+        kept, removed = [], 0
+        for entry in self.entries:
+            if entry[0] is request:
+                removed += entry[2]
+            else:
+                kept.append(entry)
+        self.entries = kept
+        return removed
+
+
+class Scheduler:
+    """Waiting and running requests."""
+
+    def __init__(
+        self, cache: PagedCache, leader: LeaderDriver | None, *, max_batch_tokens: int, max_num_seqs: int
+    ) -> None:
+        """Start with no requests."""
+        self.waiting: deque[EngineRequest] = deque()
+        self.running: list[EngineRequest] = []
+        self.num_preemptions = 0
+        self._cache = cache
+        self._leader = leader
+        self._max_batch_tokens = max_batch_tokens
+        self._max_num_seqs = max_num_seqs
+        self._step = 0
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is not finished."""
+        return bool(self.waiting or self.running)
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request and tell the leader."""
+        self.waiting.append(request)
+        if self._leader is not None:
+            self._leader.on_new_request(request.view())
+
+    def schedule(self) -> Batch:
+        """Choose what the next step computes, and give it pages."""
+        batch = Batch(len(self._cache.pools))
+        budget = self._max_batch_tokens
+        for request in list(self.running):
+            if not budget:
+                break
+            if request in self.running:  # it may have been preempted for one before it
+                budget = self._continue(batch, request, budget)
+        if not batch.preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def output(self, batch: Batch) -> SchedulerOutput:
+        """Describe the batch for the leader, and count the step."""
+        new, cached = [], []
+        for request, start, count in batch.entries:
+            described = ScheduledRequest(
+                request_id=request.request_id,
+                num_computed_tokens=start,
+                num_scheduled_tokens=count,
+                num_tokens=len(request.tokens),
+                new_tokens=request.tokens[request.num_told :],
+                block_ids=request.tables,
+            )
+            request.num_told = len(request.tokens)
+            (cached if request.scheduled_before else new).append(described)
+            request.scheduled_before = True
+        step, self._step = self._step, self._step + 1
+        return SchedulerOutput(
+            step=step, new_requests=tuple(new), cached_requests=tuple(cached), preempted=tuple(batch.preempted)
+        )
+
+    def reject_failed_loads(self, batch: Batch, bad_pages: Sequence[set[int]] | None) -> None:
+        """Take requests whose loads failed out of the step: nothing that it computed for them counts.
+
+        Args:
+            batch: The step's batch.
+            bad_pages: Pages that were not loaded, by group; None if no load of the step can be trusted.
+        """
+        for request in [entry[0] for entry in batch.entries]:
+            if not request.loading:
+                continue
+            request.loading = False
+            failed = bad_pages is None or any(
+                not pages.isdisjoint(table) for pages, table in zip(bad_pages, request.tables, strict=True)
+            )
+            if failed:
+                request.failed_loads += 1
+                batch.rejected.add(request)
+                self._reset(request)
+
+    def advance(self, request: EngineRequest, start: int, count: int) -> None:
+        """Note that tokens ``[start, start + count)`` are computed; full blocks can be found by others now."""
+        request.num_computed = start + count
+        full = request.num_computed // self._cache.block_size
+        self._cache.name_full(request.tables, request.chain.hashes, request.num_named, full)
+        request.num_named = full
+        self._cache.release_stale(request.tables, request.num_computed)
+
+    def finish(self, request: EngineRequest) -> None:
+        """Let a request's pages go and tell the leader."""
+        self.running.remove(request)
+        if self._leader is not None:
+            self._leader.request_finished(request.view(), request.tables)
+        self._cache.release_all(request.tables)
+
+    def _continue(self, batch: Batch, request: EngineRequest, budget: int) -> int:
+        """Schedule a running request; return what is left of the budget."""
+        count = min(len(request.tokens) - request.num_computed, budget)
+        while True:
+            fresh = self._cache.extend(
+                request.tables, request.chain.hashes, 0, request.num_computed, request.num_computed + count
+            )
+            if fresh is not None:
+                self._enter(batch, request, request.num_computed, count, fresh)
+                return budget - count
+            victim = self.running[-1]
+            budget += batch.remove(victim)
+            self._reset(victim)
+            batch.preempted.append(victim.request_id)
+            self.num_preemptions += 1
+            if victim is request:
+                return budget
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        """Schedule waiting requests while there are tokens, pages and seats."""
+        for request in list(self.waiting):
+            if not budget or len(self.running) >= self._max_num_seqs:
+                return
+            block_size = self._cache.block_size
+            matched = self._cache.match(request.chain.hashes, (len(request.tokens) - 1) // block_size)
+            loaded = 0
+            if self._leader is not None and request.failed_loads < request.MAX_FAILED_LOADS:
+                offer = self._leader.get_num_new_matched_tokens(request.view(), matched * block_size)
+                if offer.num_tokens is None:
+                    continue  # ask again next step; those behind it need not wait
+                loaded = offer.num_tokens
+            computed = matched * block_size + loaded
+            count = min(len(request.tokens) - computed, budget)
+            fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed + count)
+            if fresh is None:
+                return
+            if self._leader is not None:
+                self._leader.update_state_after_alloc(request.view(), request.tables, loaded)
+            request.num_computed = computed
+            request.num_named = matched
+            request.num_reused = matched * block_size
+            request.num_loaded = loaded
+            request.loading = loaded > 0
+            self.waiting.remove(request)
+            self.running.append(request)
+            self._enter(batch, request, computed, count, fresh)
+            budget -= count
+
+    def _enter(
+        self, batch: Batch, request: EngineRequest, start: int, count: int, fresh: Sequence[Sequence[int]]
+    ) -> None:
+        batch.entries.append((request, start, count))
+        for pages, taken in zip(batch.fresh, fresh, strict=True):
+            pages += taken
+
+    def _reset(self, request: EngineRequest) -> None:
+        """Take a running request's pages back and queue it as the next one."""
+        self.running.remove(request)
+        self._cache.release_all(request.tables)
+        request.reset()
+        self.waiting.appendleft(request)
+        if self._leader is not None:
+            self._leader.request_reset(request.view())

@@ -1,0 +1,210 @@
+"""Knows which block lies in which arena slot, and decides every eviction. Pure bookkeeping: moves nothing.
+
+A slot's life:
+
+    free ──reserve──► RESERVED (a save fills it) ─┬─commit──► READY ──evict──► free
+                      PROMOTING (a store fills it)┘  └─void──► GONE ──last release──► free
+
+Only READY blocks match. Only READY blocks without claims are evicted, least recently used first. A slot that a hung
+store call may still touch is quarantined: it is nobody's until that call returns.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from enum import IntEnum
+
+from kvconnect.protocol.keys import BlockHash
+
+__all__ = ["BlockIndex", "Entry", "State"]
+
+
+class State(IntEnum):
+    """Where a block's slot stands."""
+
+    RESERVED = 0
+    PROMOTING = 1
+    READY = 2
+    GONE = 3
+
+
+class Entry:
+    """One block in the arena.
+
+    Attributes:
+        block_hash: Its content name.
+        group: Its layer group.
+        slot: Its slot, the same on every rank.
+        state: See the module.
+        claims: Holds that keep it from eviction.
+        waiting: Ranks that have not yet told how its promotion went.
+        failed: Whether one of them said that it failed.
+        source: Tier that it is promoted from, -1 for none.
+    """
+
+    __slots__ = ("block_hash", "claims", "failed", "group", "slot", "source", "state", "waiting")
+
+    def __init__(self, block_hash: BlockHash, group: int, slot: int, state: State) -> None:
+        """Make the entry of a slot that was just taken."""
+        self.block_hash = block_hash
+        self.group = group
+        self.slot = slot
+        self.state = state
+        self.claims = 0
+        self.waiting = 0
+        self.failed = False
+        self.source = -1
+
+
+class BlockIndex:
+    """Blocks by (layer group, hash) and by slot."""
+
+    def __init__(self, num_groups: int, num_slots: int) -> None:
+        """Start with every slot free."""
+        self.num_slots = num_slots
+        self.num_evicted = 0
+        self._groups: list[dict[BlockHash, Entry]] = [{} for _ in range(num_groups)]
+        self._by_slot: dict[int, Entry] = {}
+        self._free = list(range(num_slots - 1, -1, -1))  # popped from the end: low slots first, so runs are contiguous
+        self._evictable: OrderedDict[int, Entry] = OrderedDict()  # by slot, least recently used first
+        self._quarantined: dict[int, int] = {}  # slot -> ranks whose call hangs
+
+    def group(self, group: int) -> dict[BlockHash, Entry]:
+        """Return the blocks of one layer group, by hash; read it only. Not all of them are READY."""
+        return self._groups[group]
+
+    def get(self, group: int, block_hash: BlockHash) -> Entry | None:
+        """Return the block's entry in whatever state, None if it has no slot."""
+        return self._groups[group].get(block_hash)
+
+    def at_slot(self, slot: int) -> Entry | None:
+        """Return the entry that holds `slot`, None if it is free or unknown."""
+        return self._by_slot.get(slot)
+
+    @property
+    def num_free(self) -> int:
+        """Slots that hold nothing and may be taken."""
+        return len(self._free)
+
+    @property
+    def num_available(self) -> int:
+        """Slots that `reserve` could take now."""
+        return len(self._free) + len(self._evictable)
+
+    def reserve(self, block_hash: BlockHash, group: int, state: State) -> Entry | None:
+        """Take a slot for a block that has none, evicting the least recently used block if there is no free one.
+
+        Returns:
+            The new entry, without claims; None if every slot is claimed or on its way.
+        """
+        while not self._free:  # more than once only if a victim's slot is quarantined
+            if not self._evictable:
+                return None
+            _, victim = self._evictable.popitem(last=False)
+            self._forget(victim)
+            self.num_evicted += 1
+        entry = Entry(block_hash, group, self._free.pop(), state)
+        self._groups[group][block_hash] = entry
+        self._by_slot[entry.slot] = entry
+        return entry
+
+    def commit(self, entry: Entry) -> None:
+        """Make the block matchable: its bytes are in the slot on every rank."""
+        entry.state = State.READY
+        if not entry.claims:
+            self._evictable[entry.slot] = entry
+
+    def void(self, entry: Entry) -> None:
+        """Forget the block; its slot is free once nothing claims it."""
+        if entry.state is State.GONE:
+            return
+        if self._groups[entry.group].get(entry.block_hash) is entry:
+            del self._groups[entry.group][entry.block_hash]
+        entry.state = State.GONE
+        self._evictable.pop(entry.slot, None)
+        if not entry.claims:
+            self._free_slot(entry)
+
+    def claim(self, entry: Entry) -> None:
+        """Keep the block's slot as it is until the matching `release`."""
+        entry.claims += 1
+        self._evictable.pop(entry.slot, None)
+
+    def release(self, entry: Entry) -> None:
+        """Undo one `claim`; a READY block becomes the most recently used."""
+        entry.claims -= 1
+        if entry.claims == 0:
+            if entry.state is State.READY:
+                self._evictable[entry.slot] = entry
+            elif entry.state is State.GONE:
+                self._free_slot(entry)
+
+    def release_chain(self, entries: Iterable[Entry]) -> None:
+        """Release blocks of one sequence, given in order: its end is evicted before its beginning."""
+        for entry in reversed(list(entries)):
+            self.release(entry)
+
+    def quarantine(self, slot: int) -> None:
+        """Keep `slot` from reuse: a store call on one rank hangs on it."""
+        self._quarantined[slot] = self._quarantined.get(slot, 0) + 1
+
+    def unquarantine(self, slot: int) -> None:
+        """Undo one `quarantine`: that call has returned."""
+        left = self._quarantined.get(slot, 0) - 1
+        if left > 0:
+            self._quarantined[slot] = left
+            return
+        if self._quarantined.pop(slot, None) is not None and slot not in self._by_slot and slot not in self._free:
+            self._free.append(slot)
+
+    def clear(self) -> int:
+        """Forget every READY block; claimed ones keep their slot until released. Returns how many."""
+        ready = [entry for entry in self._by_slot.values() if entry.state is State.READY]
+        for entry in ready:
+            self.void(entry)
+        return len(ready)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many slots are in which state."""
+        states = [entry.state for entry in self._by_slot.values()]
+        return {
+            "slots": self.num_slots,
+            "free": len(self._free),
+            "ready": states.count(State.READY),
+            "reserved": states.count(State.RESERVED),
+            "promoting": states.count(State.PROMOTING),
+            "claimed": sum(entry.claims > 0 for entry in self._by_slot.values()),
+            "quarantined": len(self._quarantined),
+        }
+
+    def check_integrity(self) -> None:
+        """Compare the maps with one another.
+
+        Raises:
+            AssertionError: Names the first invariant that does not hold. For tests and idle loops.
+        """
+        free, held = set(self._free), set(self._by_slot)
+        assert len(free) == len(self._free), "a slot is free twice"
+        assert not free & held, "a slot is free and held"
+        assert not free & set(self._quarantined), "a quarantined slot is free"
+        assert free | held | set(self._quarantined) == set(range(self.num_slots)), "a slot is lost"
+        for slot, entry in self._by_slot.items():
+            assert entry.slot == slot, "an entry lies at another slot"
+            assert entry.claims >= 0, "a block is released more often than claimed"
+            known = self._groups[entry.group].get(entry.block_hash) is entry
+            assert known == (entry.state is not State.GONE), "a block is found after it went, or lost before"
+            assert entry.state is not State.GONE or entry.claims, "a block that went keeps its slot without a claim"
+            evictable = entry.state is State.READY and entry.claims == 0
+            assert (self._evictable.get(slot) is entry) == evictable, "a block is wrongly evictable or wrongly not"
+        assert set(self._evictable) <= held, "an evictable slot holds nothing"
+
+    def _forget(self, entry: Entry) -> None:
+        del self._groups[entry.group][entry.block_hash]
+        entry.state = State.GONE
+        self._free_slot(entry)
+
+    def _free_slot(self, entry: Entry) -> None:
+        del self._by_slot[entry.slot]
+        if entry.slot not in self._quarantined:
+            self._free.append(entry.slot)

@@ -1,0 +1,135 @@
+"""Decides when a save may be matched: the commit rule. Knows steps, ranks and requests, no tokens.
+
+A save is committed only when every rank has reported its step, and no rank named a load error for the request in that
+step or in one before it that was still open when the save was planned: those saves were computed on garbage.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from kvconnect.leader.index import Entry
+from kvconnect.leader.request import PlannedLoad, RequestState
+from kvconnect.protocol.messages import Move, Report, pack_ints, unpack_ints
+
+__all__ = ["OpenStep", "StepLedger", "StepOutcome"]
+
+
+class OpenStep:
+    """A planned step that not every rank has reported.
+
+    Attributes:
+        step: Its number.
+        saves: What each request saves in it.
+        loads: What each request loads in it.
+        promotes: Its promotions.
+        demotes: Its demotions.
+    """
+
+    __slots__ = ("demotes", "failed", "failed_slots", "loads", "promotes", "saves", "step", "void", "waiting")
+
+    def __init__(self, step: int, ranks: Iterable[int]) -> None:
+        """Open a step that every rank in `ranks` will report."""
+        self.step = step
+        self.saves: list[tuple[RequestState, list[Entry]]] = []
+        self.loads: list[tuple[RequestState, list[PlannedLoad]]] = []
+        self.promotes: list[Move] = []
+        self.demotes: list[Move] = []
+        self.waiting = set(ranks)
+        self.failed: set[str] = set()
+        self.failed_slots: set[int] = set()
+        self.void = False
+
+
+class StepOutcome:
+    """What a fully reported step turned into.
+
+    Attributes:
+        committed: Entries whose bytes are in their slot on every rank.
+        voided: Entries to forget.
+        loaded: Loads whose claims end.
+    """
+
+    __slots__ = ("committed", "loaded", "voided")
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.committed: list[Entry] = []
+        self.voided: list[Entry] = []
+        self.loaded: list[Entry] = []
+
+
+class StepLedger:
+    """The steps that are planned and not yet fully reported, in order."""
+
+    def __init__(self, num_ranks: int) -> None:
+        """Expect reports from ranks ``[0, num_ranks)``."""
+        self._ranks = range(num_ranks)
+        self._open: OrderedDict[int, OpenStep] = OrderedDict()
+        self._last_step = -1
+
+    def __len__(self) -> int:
+        """Return how many steps are open."""
+        return len(self._open)
+
+    def open(self, step: int) -> OpenStep:
+        """Open the step that is being planned."""
+        self._last_step = step
+        opened = self._open[step] = OpenStep(step, self._ranks)
+        return opened
+
+    def lost_report(self, rank: int, why: str) -> Report | None:
+        """Return what to assume when a report of `rank` cannot be read: its oldest open step failed in everything.
+
+        Its store traffic may still be running, so the slots stay out of use.
+
+        Returns:
+            None if the rank has no open step.
+        """
+        opened = next((opened for opened in self._open.values() if rank in opened.waiting), None)
+        if opened is None:
+            return None
+        return Report(
+            step=opened.step,
+            rank=rank,
+            not_promoted=pack_ints(move.slot for move in opened.promotes),
+            not_demoted=pack_ints(value for move in opened.demotes for value in (move.target, move.slot)),
+            quarantined=pack_ints(move.slot for move in (*opened.promotes, *opened.demotes)),
+            error=why,
+        )
+
+    def report(self, rank: int, report: Report) -> StepOutcome | None:
+        """Take one rank's report of one step.
+
+        Returns:
+            The outcome if this was the last rank, else None; None also for a step that is not open.
+        """
+        opened = self._open.get(report.step)
+        if opened is None or rank not in opened.waiting:
+            return None
+        opened.waiting.discard(rank)
+        if report.error:
+            opened.void = True
+        else:
+            opened.failed.update(error.request_id for error in report.load_errors)
+            opened.failed_slots.update(unpack_ints(report.failed_saves))
+        if opened.waiting:
+            return None
+        del self._open[report.step]
+        return self._close(opened)
+
+    def _close(self, opened: OpenStep) -> StepOutcome:
+        outcome = StepOutcome()
+        for request, loads in opened.loads:
+            outcome.loaded += [load.entry for load in loads if load.entry is not None]
+            if opened.void or request.request_id in opened.failed:
+                request.void_until = self._last_step  # later steps that are planned already stand on this one
+        for request, entries in opened.saves:
+            if opened.void or opened.step <= request.void_until or request.request_id in opened.failed:
+                outcome.voided += entries
+            else:
+                for entry in entries:
+                    bad = entry.slot in opened.failed_slots
+                    (outcome.voided if bad else outcome.committed).append(entry)
+        return outcome

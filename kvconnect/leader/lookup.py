@@ -1,0 +1,187 @@
+"""Asks the stores which blocks they hold, off the scheduling path, and remembers the answers. A belief, never a promise."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from kvconnect.protocol.keys import BlockHash, block_key
+from kvconnect.store import BlockStore, CallEvent, Outcome, StoreThreads, Tier
+from kvconnect.store.threads import LOOKUP
+
+__all__ = ["Presence", "StoreLookup"]
+
+# Blocks asked for in one `contains`: a long prompt whose first blocks miss costs one batch.
+_BATCH = 256
+
+
+class Presence:
+    """Which blocks each tier is believed to hold; bounded, least recently confirmed forgotten first."""
+
+    def __init__(self, num_tiers: int, max_blocks: int) -> None:
+        """Believe nothing; remember at most `max_blocks` a tier."""
+        self._max_blocks = max_blocks
+        self._tiers: list[OrderedDict[tuple[int, BlockHash], None]] = [OrderedDict() for _ in range(num_tiers)]
+
+    def add(self, tier: int, group: int, block_hash: BlockHash) -> None:
+        """Believe that `tier` holds the block."""
+        known = self._tiers[tier]
+        known[group, block_hash] = None
+        known.move_to_end((group, block_hash))
+        if len(known) > self._max_blocks:
+            known.popitem(last=False)
+
+    def discard(self, tier: int, group: int, block_hash: BlockHash) -> None:
+        """Stop believing it."""
+        self._tiers[tier].pop((group, block_hash), None)
+
+    def holds(self, tier: int, group: int, block_hash: BlockHash) -> bool:
+        """Say whether `tier` is believed to hold the block."""
+        return (group, block_hash) in self._tiers[tier]
+
+    def clear(self) -> None:
+        """Believe nothing any more."""
+        for known in self._tiers:
+            known.clear()
+
+
+class _Pending(NamedTuple):
+    question: int
+    tiers: set[int]
+    hashes: Sequence[BlockHash]
+    deadline: float
+
+
+class StoreLookup:
+    """The leader's opened stores."""
+
+    def __init__(self, tiers: Sequence[Tier], presence: Presence) -> None:
+        """Open every tier that may be read.
+
+        Args:
+            tiers: All tiers of the configuration, by number.
+            presence: Where answers go.
+
+        Raises:
+            KVConnectError: What opening a store raised; those opened before are closed.
+        """
+        self._presence = presence
+        self._stores: dict[int, StoreThreads] = {}
+        self._pending: dict[str, _Pending] = {}
+        self._questions = itertools.count()
+        self.num_failed = 0
+        try:
+            for number, tier in enumerate(tiers):
+                if "r" in tier.use.mode:
+                    self._stores[number] = StoreThreads(tier, "leader")
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def readable(self) -> bool:
+        """Whether there is any store to ask."""
+        return bool(self._stores)
+
+    @property
+    def num_pending(self) -> int:
+        """Requests whose answers are not all there."""
+        return len(self._pending)
+
+    def start(
+        self,
+        request_id: str,
+        hashes: Sequence[BlockHash],
+        *,
+        namespace: bytes,
+        shards: Sequence[Sequence[int]],
+        stop_early: bool,
+    ) -> None:
+        """Ask every store for `hashes`; `is_pending` says until when to wait.
+
+        Args:
+            request_id: Whose question it is; one at a time.
+            hashes: The blocks, in sequence order; not changed while the lookup runs.
+            namespace: What the keys start with.
+            shards: For each layer group, the shard digests that make up the whole cache.
+            stop_early: A block that misses makes those behind it useless.
+        """
+        if not hashes:
+            return
+        question = next(self._questions)
+        longest = max(store.timeout_s for store in self._stores.values())
+        self._pending[request_id] = _Pending(question, set(self._stores), hashes, time.monotonic() + longest)
+        for number, store in self._stores.items():
+
+            def work(opened: BlockStore) -> tuple[Sequence[BlockHash], list[list[bool]]]:
+                return _ask(opened, hashes, namespace, shards, stop_early)
+
+            store.submit((request_id, question), LOOKUP, work)
+
+    def is_pending(self, request_id: str) -> bool:
+        """Say whether it is worth asking again; a lookup past its deadline is given up."""
+        pending = self._pending.get(request_id)
+        if pending is not None and time.monotonic() > pending.deadline:
+            del self._pending[request_id]
+            self.num_failed += 1
+            return False
+        return pending is not None
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request's question; late answers still teach."""
+        self._pending.pop(request_id, None)
+
+    def poll(self) -> None:
+        """Take the answers that have come."""
+        for number, store in self._stores.items():
+            for event in store.poll():
+                self._take(number, event)
+
+    def close(self) -> None:
+        """Close the leader's stores; twice is fine."""
+        for store in self._stores.values():
+            store.close()
+
+    def _take(self, number: int, event: CallEvent) -> None:
+        request_id, question = event.tag
+        pending = self._pending.get(request_id)
+        if event.outcome is Outcome.DONE:
+            hashes, answers = event.result
+            for group, flags in enumerate(answers):
+                for block_hash, there in zip(hashes, flags, strict=False):  # a lookup that stopped early is shorter
+                    if there:
+                        self._presence.add(number, group, block_hash)
+                    else:
+                        self._presence.discard(number, group, block_hash)
+        elif event.outcome is not Outcome.RETURNED:
+            self.num_failed += 1
+        if pending is not None and pending.question == question:
+            pending.tiers.discard(number)
+            if not pending.tiers:
+                del self._pending[request_id]
+
+
+def _ask(
+    store: BlockStore,
+    hashes: Sequence[BlockHash],
+    namespace: bytes,
+    shards: Sequence[Sequence[int]],
+    stop_early: bool,
+) -> tuple[Sequence[BlockHash], list[list[bool]]]:
+    """Return, for each layer group, which of the first blocks the store has with every shard. Runs on a store thread."""
+    found: list[list[bool]] = [[] for _ in shards]
+    for start in range(0, len(hashes), _BATCH):
+        batch = hashes[start : start + _BATCH]
+        for group, digests in enumerate(shards):
+            keys = [block_key(namespace, block_hash, group, shard) for block_hash in batch for shard in digests]
+            answers = list(store.contains(keys))
+            if len(answers) != len(keys):
+                raise ValueError(f"contains answered {len(answers)} of {len(keys)} keys")
+            count = len(digests)
+            found[group] += [all(answers[i * count : (i + 1) * count]) for i in range(len(batch))]
+        if stop_early and not all(found[0]):
+            break
+    return hashes, found

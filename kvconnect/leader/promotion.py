@@ -1,0 +1,170 @@
+"""Brings blocks up from the stores before they are offered, and sends committed ones down. Plans; moves nothing."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+
+from kvconnect.leader.index import BlockIndex, Entry, State
+from kvconnect.leader.lookup import Presence
+from kvconnect.leader.request import RequestState
+from kvconnect.protocol.keys import BlockHash
+from kvconnect.protocol.messages import Move, Report, unpack_ints
+from kvconnect.store import Tier
+
+__all__ = ["TierTraffic"]
+
+
+class TierTraffic:
+    """Promotions and demotions that are wanted or on their way."""
+
+    def __init__(self, index: BlockIndex, presence: Presence, tiers: Sequence[Tier], num_ranks: int) -> None:
+        """Start with none."""
+        self._index = index
+        self._presence = presence
+        self._readable = [number for number, tier in enumerate(tiers) if "r" in tier.use.mode]
+        self._writable = [number for number, tier in enumerate(tiers) if "w" in tier.use.mode]
+        self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
+        self._num_ranks = num_ranks
+        self._to_demote: deque[tuple[int, Entry]] = deque()
+        self._demoting: dict[tuple[int, int], list[int]] = {}  # (tier, slot) -> [ranks that are silent, ranks that failed]
+        self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
+        self._wanting: dict[str, RequestState] = {}
+        self.promoted = self.not_promoted = self.demoted = self.not_demoted = self.no_slot = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is wanted or on its way."""
+        return bool(self._to_demote or self._demoting or self._promoting or self._wanting)
+
+    def tier_of(self, group: int, block_hash: BlockHash) -> int:
+        """Return the first readable tier that is believed to hold the block, -1 for none."""
+        for tier in self._readable:
+            if self._presence.holds(tier, group, block_hash):
+                return tier
+        return -1
+
+    def want(self, request: RequestState, blocks: Iterable[tuple[int, int, int]]) -> None:
+        """Remember to promote `blocks`, (tier, group, ordinal), for a request that will be asked about again."""
+        request.wanted = list(blocks)
+        request.tried.update(request.wanted)
+        self._wanting[request.request_id] = request
+        if not request.give_up_at:
+            request.give_up_at = time.monotonic() + self._patience_s
+
+    def waits(self, request: RequestState) -> bool:
+        """Say whether promotions for the request are still to come, and worth waiting for."""
+        request.promoting = {entry for entry in request.promoting if entry.state is State.PROMOTING}
+        if not request.wanted and not request.promoting:
+            return False
+        if time.monotonic() < request.give_up_at:
+            return True
+        self.forget(request)
+        request.promoting.clear()
+        return False
+
+    def forget(self, request: RequestState) -> None:
+        """Drop what the request wanted and was not planned yet."""
+        request.wanted = []
+        self._wanting.pop(request.request_id, None)
+
+    def plan_promotes(self) -> list[Move]:
+        """Give slots to what is wanted; what finds none is given up."""
+        moves = []
+        for request in list(self._wanting.values()):
+            hashes = request.chain.hashes if request.chain is not None else []
+            for position, (tier, group, ordinal) in enumerate(request.wanted):
+                block_hash = hashes[ordinal]
+                entry = self._index.get(group, block_hash)
+                if entry is not None:
+                    if entry.state is State.PROMOTING:  # another request's promotion serves this one too
+                        request.promoting.add(entry)
+                    continue
+                entry = self._index.reserve(block_hash, group, State.PROMOTING)
+                if entry is None:
+                    self.no_slot += len(request.wanted) - position
+                    break
+                entry.waiting = self._num_ranks
+                entry.source = tier
+                request.promoting.add(entry)
+                self._promoting[entry.slot] = (entry, request)
+                moves.append(Move(block_hash, group, entry.slot, tier))
+            request.wanted = []
+        self._wanting.clear()
+        return moves
+
+    def demote(self, entries: Iterable[Entry]) -> None:
+        """Send committed blocks down to every writable tier that is not believed to hold them."""
+        for entry in entries:
+            for tier in self._writable:
+                if not self._presence.holds(tier, entry.group, entry.block_hash):
+                    self._index.claim(entry)
+                    self._to_demote.append((tier, entry))
+
+    def plan_demotes(self) -> list[Move]:
+        """Return the demotions that were not planned yet."""
+        moves = []
+        waiting, self._to_demote = self._to_demote, deque()
+        for tier, entry in waiting:
+            if entry.state is not State.READY or (tier, entry.slot) in self._demoting:
+                self._index.release(entry)
+                continue
+            self._demoting[tier, entry.slot] = [self._num_ranks, 0]
+            moves.append(Move(entry.block_hash, entry.group, entry.slot, tier))
+        return moves
+
+    def take_report(self, report: Report) -> None:
+        """Take what one rank says of promotions, demotions and hung calls; slots it was never given are ignored."""
+        for slot in unpack_ints(report.quarantined):
+            if 0 <= slot < self._index.num_slots:
+                self._index.quarantine(slot)
+        for slot in unpack_ints(report.promoted):
+            self._promotion_ended(slot, ok=True)
+        for slot in unpack_ints(report.not_promoted):
+            self._promotion_ended(slot, ok=False)
+        for ok, packed in ((True, report.demoted), (False, report.not_demoted)):
+            pairs = unpack_ints(packed)
+            for tier, slot in zip(pairs[::2], pairs[1::2], strict=True):
+                self._demotion_ended(tier, slot, ok=ok)
+        for slot in unpack_ints(report.released):
+            self._index.unquarantine(slot)
+
+    def _promotion_ended(self, slot: int, *, ok: bool) -> None:
+        if slot not in self._promoting:
+            return
+        entry, request = self._promoting[slot]
+        entry.waiting -= 1
+        entry.failed = entry.failed or not ok
+        if entry.waiting:
+            return
+        del self._promoting[slot]
+        wanted = entry in request.promoting
+        if entry.failed:
+            self.not_promoted += 1
+            self._presence.discard(entry.source, entry.group, entry.block_hash)
+            self._index.void(entry)
+        elif entry.state is State.PROMOTING:
+            self.promoted += 1
+            self._index.commit(entry)
+            if wanted:
+                self._index.claim(entry)
+                request.held.append(entry)
+
+    def _demotion_ended(self, tier: int, slot: int, *, ok: bool) -> None:
+        counts = self._demoting.get((tier, slot))
+        if counts is None:
+            return
+        counts[0] -= 1
+        counts[1] += not ok
+        if counts[0]:
+            return
+        del self._demoting[tier, slot]
+        entry = self._index.at_slot(slot)
+        assert entry is not None, "a slot was given away while it was being written to a store"
+        if counts[1]:
+            self.not_demoted += 1
+        else:
+            self.demoted += 1
+            self._presence.add(tier, entry.group, entry.block_hash)
+        self._index.release(entry)

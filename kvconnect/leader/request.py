@@ -1,0 +1,91 @@
+"""What the offload leader knows of one request: its chain, what it waits for, what it holds."""
+
+from __future__ import annotations
+
+from kvconnect.leader.index import BlockIndex, Entry
+from kvconnect.protocol import BlockChain, RequestView
+
+__all__ = ["PlannedLoad", "RequestState"]
+
+
+class PlannedLoad:
+    """A block to load in the next plan; its entry is claimed until that step is reported, None if it went missing."""
+
+    __slots__ = ("block_hash", "block_id", "entry", "group", "ordinal")
+
+    def __init__(self, entry: Entry | None, block_hash: bytes, group: int, ordinal: int, block_id: int) -> None:
+        """Bind a block to the page that it goes to."""
+        self.entry = entry
+        self.block_hash = block_hash
+        self.group = group
+        self.ordinal = ordinal
+        self.block_id = block_id
+
+
+class RequestState:
+    """One request from `on_new_request` to `request_finished`.
+
+    Attributes:
+        request_id: Its id.
+        chain: Hashes of its blocks; None if it must not be cached.
+        reads: Whether it may load.
+        writes: Whether it may save.
+        first: Block from which the last offer counted.
+        next_save: First block that was not yet considered for saving.
+        loads: Loads for the next plan.
+        looked_up: Whether the stores were asked about its blocks.
+        tried: Promotions asked for already, (tier, group, block): each is tried once.
+        wanted: Blocks to promote in the next plan, (tier, group, block ordinal).
+        promoting: Blocks on their way up for this request.
+        held: Blocks promoted for this request and claimed until it is allocated.
+        give_up_at: Monotonic time after which it waits no longer for promotions, 0 while it has not begun.
+        void_until: Saves of steps up to this one are void: they may have been computed on garbage.
+    """
+
+    __slots__ = (
+        "chain",
+        "first",
+        "give_up_at",
+        "held",
+        "loads",
+        "looked_up",
+        "next_save",
+        "promoting",
+        "reads",
+        "request_id",
+        "tried",
+        "void_until",
+        "wanted",
+        "writes",
+    )
+
+    def __init__(self, request: RequestView, chain: BlockChain | None) -> None:
+        """Start with nothing asked and nothing held."""
+        self.request_id = request.request_id
+        self.chain = chain
+        self.reads = chain is not None and request.cache in ("both", "read")
+        self.writes = chain is not None and request.cache in ("both", "write")
+        self.first = 0
+        self.next_save = 0
+        self.loads: list[PlannedLoad] = []
+        self.looked_up = False
+        self.tried: set[tuple[int, int, int]] = set()
+        self.wanted: list[tuple[int, int, int]] = []
+        self.promoting: set[Entry] = set()
+        self.held: list[Entry] = []
+        self.give_up_at = 0.0
+        self.void_until = -1
+
+    def stop_caching(self) -> None:
+        """Neither load nor save for this request any more: what is known of its tokens is not certain."""
+        self.chain = None
+        self.reads = self.writes = False
+
+    def let_go(self, index: BlockIndex) -> None:
+        """Release everything that waits for a plan or an allocation."""
+        index.release_chain(self.held)
+        self.held = []
+        index.release_chain(load.entry for load in self.loads if load.entry is not None)
+        self.loads = []
+        self.wanted = []
+        self.promoting.clear()

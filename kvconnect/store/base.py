@@ -1,0 +1,120 @@
+"""What a store author writes: bytes under keys. Knows no tokens, tensors, frames or engines."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from kvconnect.errors import UnsupportedError
+from kvconnect.protocol.keys import BlockKey
+
+__all__ = ["BlockStore", "StoreCapabilities", "StoreContext"]
+
+
+class StoreCapabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store promises beyond the five methods.
+
+    Attributes:
+        durable: What `write` confirmed is there after a restart.
+        shared: Other instances, other processes too, read what one wrote.
+        scans: `scan` works.
+        holds: `hold` and `release` work.
+        concurrency: Calls that may run at once; with 1, opening, every call and closing run on one thread.
+    """
+
+    durable: bool = False
+    shared: bool = False
+    scans: bool = False
+    holds: bool = False
+    concurrency: int = 1
+
+
+class StoreContext(msgspec.Struct, frozen=True, kw_only=True):
+    """What a store is told when it is opened.
+
+    Attributes:
+        name: The name it was configured under, for messages.
+        timeout_s: Seconds after which a call counts as failed; give it to the client library where it takes one.
+    """
+
+    name: str
+    timeout_s: float
+
+
+class BlockStore(ABC):
+    """Bytes under keys.
+
+    Results are parallel to `keys`. A frame is opaque, of any length. Memory is the caller's again on return. Any
+    exception means that the whole batch missed. A store is opened once in each process that uses it, never carried over
+    a fork, and may drop anything at any time, except what is held.
+
+    Attributes:
+        Options: What users may set: a frozen msgspec Struct, see `kvconnect.Options`.
+        capabilities: See `StoreCapabilities`.
+    """
+
+    Options: ClassVar[type[msgspec.Struct]]
+    capabilities: ClassVar[StoreCapabilities]
+
+    @abstractmethod
+    def __init__(self, options: Any, context: StoreContext) -> None:
+        """Open the store.
+
+        Raises:
+            ConfigError: If it cannot work as configured; the engine does not start.
+        """
+
+    @abstractmethod
+    def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Say which keys are there; a belief, not a promise."""
+
+    @abstractmethod
+    def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
+        """Fill each buffer from its start with the key's frame.
+
+        Returns:
+            Bytes filled; None for a miss. A frame longer than its buffer is a miss.
+        """
+
+    @abstractmethod
+    def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
+        """Keep each frame under its key, or decline it (False): full, or not admitted.
+
+        True means that other instances read it whole; a crash before that leaves nothing. Writing a present key
+        replaces it or does nothing.
+        """
+
+    @abstractmethod
+    def remove(self, keys: Sequence[BlockKey]) -> None:
+        """Forget keys; absent ones are fine."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of the medium; twice is fine."""
+
+    def scan(self) -> Iterator[BlockKey]:
+        """Yield the keys that are there; capability `scans`.
+
+        Raises:
+            UnsupportedError: If the store does not declare it.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not declare 'scans'")
+
+    def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
+        """Keep keys from eviction until `release` or for `ttl_s` seconds; capability `holds`.
+
+        Raises:
+            UnsupportedError: If the store does not declare it.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not declare 'holds'")
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """Let held keys be evicted again; absent ones are fine; capability `holds`.
+
+        Raises:
+            UnsupportedError: If the store does not declare it.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not declare 'holds'")

@@ -1,0 +1,46 @@
+"""One store of a configuration: its class, its options, and how the offload connector uses it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from kvconnect.options import Options
+from kvconnect.store.base import BlockStore, StoreContext
+
+__all__ = ["Tier", "TierOptions"]
+
+
+class TierOptions(Options, frozen=True):
+    """Options that every store takes beside its own.
+
+    Attributes:
+        mode: ``r`` only promotes from it, ``w`` only demotes to it, ``rw`` both.
+        codec: How payloads rest in it; ``zstd`` costs more time than a local disk does, it is for capacity.
+        timeout_s: Seconds after which a call to it counts as failed.
+    """
+
+    mode: Literal["r", "w", "rw"] = "rw"
+    codec: Literal["none", "zstd"] = "none"
+    timeout_s: float = 10.0
+
+
+class Tier(msgspec.Struct, frozen=True, kw_only=True):
+    """A store, ready to be opened in any process.
+
+    Attributes:
+        name: The name or scheme it was configured under.
+        store_class: What to open.
+        options: Its converted options.
+        use: How it is used.
+    """
+
+    name: str
+    store_class: type[BlockStore]
+    options: Any
+    use: TierOptions = TierOptions()
+
+    def open(self) -> BlockStore:
+        """Open the store in this process, on the calling thread."""
+        return self.store_class(self.options, StoreContext(name=self.name, timeout_s=self.use.timeout_s))

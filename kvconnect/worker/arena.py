@@ -1,0 +1,84 @@
+"""The worker's host memory: page-aligned slots of one block each. The host tier, and the staging for every store."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+
+from kvconnect.errors import ConfigError
+from kvconnect.options import ByteSize
+from kvconnect.store import HEADER_BYTES
+
+__all__ = ["PAGE_BYTES", "Arena", "available_memory"]
+
+PAGE_BYTES = mmap.PAGESIZE
+_HUGE_PAGE_BYTES = 2 << 20
+
+
+class Arena:
+    """Slots of equal size in one allocation, each big enough for a frame of the largest layer group.
+
+    Attributes:
+        num_slots: How many.
+        slot_bytes: Bytes a slot, a multiple of the page size.
+        slots: uint8 ``(num_slots, slot_bytes)``; pinned when the cache lies on a GPU.
+    """
+
+    def __init__(self, capacity: int, payload_bytes: int, *, pinned: bool) -> None:
+        """Take the memory; pages that are never written cost nothing.
+
+        Args:
+            capacity: Bytes to stay within.
+            payload_bytes: Of the largest block.
+            pinned: Page-lock it for transfers from and to a GPU.
+
+        Raises:
+            ConfigError: If it is more than the machine has left, or smaller than one block.
+        """
+        self.slot_bytes = -(-(HEADER_BYTES + payload_bytes) // PAGE_BYTES) * PAGE_BYTES
+        self.num_slots = capacity // self.slot_bytes
+        if not self.num_slots:
+            raise ConfigError(
+                f"host capacity {ByteSize(capacity)} is smaller than one block of {ByteSize(self.slot_bytes)}"
+            )
+        left = available_memory()
+        if capacity > left:
+            raise ConfigError(
+                f"host capacity {ByteSize(capacity)} is more than the {ByteSize(left)} of memory that are free; "
+                "give host://?capacity= a smaller size"
+            )
+        total = self.num_slots * self.slot_bytes
+        if pinned:
+            self.slots = torch.empty(total, dtype=torch.uint8, pin_memory=True).view(self.num_slots, self.slot_bytes)
+        else:
+            memory = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if self.slot_bytes >= _HUGE_PAGE_BYTES // 8:  # first touch is twice as fast; tiny slots would only waste
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(self.num_slots, self.slot_bytes)
+        self._bytes = memoryview(self.slots.numpy()).cast("B")
+
+    def slot(self, number: int) -> memoryview:
+        """Return the writable bytes of one slot.
+
+        Raises:
+            IndexError: If there is no such slot; a negative number is none.
+        """
+        if not 0 <= number < self.num_slots:
+            raise IndexError(f"slot {number} of {self.num_slots}")
+        start = number * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
+
+
+def available_memory() -> int:
+    """Return how many bytes can still be used: the machine's, or the control group's if that is less."""
+    meminfo = Path("/proc/meminfo").read_text("ascii")
+    left = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text("ascii").strip()
+        used = int((group / "memory.current").read_text("ascii"))
+    except (OSError, ValueError):  # no control group, or none with a limit
+        return left
+    return left if limit == "max" else min(left, max(0, int(limit) - used))

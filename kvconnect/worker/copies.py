@@ -1,0 +1,139 @@
+"""Copies blocks between the paged cache and arena slots, for any strides. Knows no keys, plans or stores.
+
+A block's payload is its part of each region, one behind the other, each dense in the region's own order. Where a block's
+part is dense already, on the CPU, it is copied as machine words through numpy: a byte view of bf16 costs up to nine times
+as much in torch (limits measured in `benchmarks/copies.py`), and numpy lets other threads run meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvconnect.protocol import LayerGroup, Region
+from kvconnect.store import HEADER_BYTES
+from kvconnect.worker.arena import Arena
+from kvconnect.worker.reorder import scatter_reordered
+
+__all__ = ["BlockCopier"]
+
+# Below this a second thread costs more than it brings.
+_PARALLEL_BYTES = 2 << 20
+
+_Words = np.ndarray[Any, Any]
+
+
+class BlockCopier:
+    """Copies blocks of one layer group."""
+
+    def __init__(self, group: LayerGroup, arena: Arena, order: str, pool: ThreadPoolExecutor | None) -> None:
+        """Prepare views, so that a copy allocates nothing.
+
+        Args:
+            group: The layer group; its tensors stay where they are.
+            arena: Where the slots are.
+            order: `payload_order` of the group: how this rank packs.
+            pool: Threads to share large copies among, None to copy on the caller's.
+        """
+        self._group = group
+        self._arena = arena
+        self._order = order
+        self._pool = pool
+        self._parts: list[tuple[int, int, Region]] = []  # payload start and end in a slot, in bytes
+        start = HEADER_BYTES
+        for region in group.regions:
+            self._parts.append((start, start + region.block_bytes, region))
+            start += region.block_bytes
+        self._words = self._word_views()
+
+    def gather(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        """Copy each page into its slot's payload; complete on return.
+
+        Args:
+            block_ids: Pages; none is negative.
+            slots: The slot of each.
+        """
+        self._each(block_ids, slots, self._gather_words if self._words is not None else self._gather_tensors)
+
+    def scatter(self, block_ids: Sequence[int], slots: Sequence[int], orders: Sequence[str]) -> None:
+        """Copy each slot's payload into its page; complete on return.
+
+        Args:
+            block_ids: Pages; none is negative.
+            slots: The slot of each.
+            orders: How each payload is packed, by the writer's `payload_order`.
+        """
+        native = [i for i, order in enumerate(orders) if order == self._order]
+        if len(native) == len(orders):
+            self._each(block_ids, slots, self._scatter_words if self._words is not None else self._scatter_tensors)
+            return
+        self.scatter([block_ids[i] for i in native], [slots[i] for i in native], [self._order] * len(native))
+        for block_id, slot, order in zip(block_ids, slots, orders, strict=True):
+            if order != self._order:
+                payload = self._arena.slots[slot, HEADER_BYTES : HEADER_BYTES + self._group.payload_bytes]
+                scatter_reordered(payload, order, self._group, block_id)
+
+    def _each(
+        self,
+        block_ids: Sequence[int],
+        slots: Sequence[int],
+        copy: Callable[[Sequence[tuple[int, int]]], None],
+    ) -> None:
+        pairs = list(zip(block_ids, slots, strict=True))
+        if self._pool is None or len(pairs) < 2 or len(pairs) * self._group.payload_bytes < _PARALLEL_BYTES:
+            copy(pairs)
+            return
+        half = len(pairs) // 2
+        other = self._pool.submit(copy, pairs[half:])
+        copy(pairs[:half])
+        other.result()
+
+    def _word_views(self) -> list[tuple[_Words, _Words]] | None:
+        """Return, for each region, (slots, pages) as two-dimensional word arrays; None if some region has none."""
+        views = []
+        for start, end, region in self._parts:
+            tensor = region.tensor
+            if tensor.device.type != "cpu" or not tensor[0].is_contiguous():
+                return None
+            pages = torch.as_strided(tensor, (tensor.shape[0], tensor[0].numel()), (tensor.stride(0), 1))
+            slots = self._arena.slots[:, start:end]
+            for dtype in (torch.int64, torch.int32, torch.uint8):
+                try:
+                    views.append((slots.view(dtype).numpy(), pages.view(dtype).numpy()))
+                    break
+                except RuntimeError:  # size, stride or address is no multiple of the word
+                    continue
+        return views
+
+    def _gather_words(self, pairs: Sequence[tuple[int, int]]) -> None:
+        assert self._words is not None
+        for block_id, slot in pairs:
+            for slots, pages in self._words:
+                slots[slot] = pages[block_id]
+
+    def _scatter_words(self, pairs: Sequence[tuple[int, int]]) -> None:
+        assert self._words is not None
+        for block_id, slot in pairs:
+            for slots, pages in self._words:
+                pages[block_id] = slots[slot]
+
+    def _gather_tensors(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for block_id, slot in pairs:
+            for part, region in self._slot_parts(slot):
+                part.copy_(region.tensor[block_id])
+
+    def _scatter_tensors(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for block_id, slot in pairs:
+            for part, region in self._slot_parts(slot):
+                region.tensor[block_id].copy_(part)
+
+    def _slot_parts(self, slot: int) -> list[tuple[torch.Tensor, Region]]:
+        row = self._arena.slots[slot]
+        return [
+            (row[start:end].view(region.tensor.dtype).view(region.block_shape), region)
+            for start, end, region in self._parts
+        ]

@@ -1,0 +1,223 @@
+"""Moves frames between arena slots and stores, in the background. Seals and verifies; decides nothing.
+
+Slots are memory that a store call may touch: from `promote` or `demote` until `poll` tells how it ended, and, for a call
+that missed its deadline, until `poll` tells that it has returned.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kvconnect.errors import FrameCorrupt
+from kvconnect.log import FailureLog
+from kvconnect.protocol import BlockKey
+from kvconnect.store import (
+    HEADER_BYTES,
+    BlockStore,
+    CallEvent,
+    FrameHeader,
+    Outcome,
+    StoreThreads,
+    Tier,
+    compress_frame,
+    decompress_payload,
+    open_frame,
+    seal_frame,
+)
+from kvconnect.store.threads import READ, WRITE
+
+__all__ = ["Endings", "SlotFrame", "StoreTransfers"]
+
+logger = logging.getLogger(__name__)
+
+# One store call moves at most this much, so that several threads share a long list and a deadline stays fair.
+_BATCH_BYTES = 8 << 20
+_BATCH_BLOCKS = 32
+_ZSTD_LEVEL = 1
+
+
+class SlotFrame(NamedTuple):
+    """One slot's part of a transfer: everything a store thread needs to seal or verify it."""
+
+    slot: int
+    key: BlockKey
+    memory: memoryview
+    payload_bytes: int
+    fingerprint: bytes
+    order: str
+
+
+class Endings:
+    """What ended since the last poll; slots, and ``(tier, slot)`` pairs for demotions."""
+
+    __slots__ = ("demoted", "not_demoted", "not_promoted", "promoted", "quarantined", "released")
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.promoted: list[tuple[int, str]] = []  # slot and the payload's order
+        self.not_promoted: list[int] = []
+        self.demoted: list[tuple[int, int]] = []
+        self.not_demoted: list[tuple[int, int]] = []
+        self.quarantined: list[int] = []
+        self.released: list[int] = []
+
+
+class _Batch(NamedTuple):
+    reads: bool
+    frames: Sequence[SlotFrame]
+
+
+class StoreTransfers:
+    """A worker's opened stores."""
+
+    def __init__(self, tiers: Sequence[Tier], role: str, can_read: Callable[[str, SlotFrame], bool]) -> None:
+        """Open every tier.
+
+        Args:
+            tiers: All tiers of the configuration, by number.
+            role: Whose they are, for thread names.
+            can_read: Whether a payload of that order can be loaded in place of the slot's own.
+
+        Raises:
+            KVConnectError: What opening a store raised; those opened before are closed.
+        """
+        self._can_read = can_read
+        self._log = FailureLog(logger)
+        self.counts: Counter[str] = Counter()
+        self._stores: list[StoreThreads] = []
+        try:
+            for tier in tiers:
+                self._stores.append(StoreThreads(tier, role))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def failures(self) -> Counter[str]:
+        """Failures by kind, such as ``"disk read"``."""
+        return self._log.counts
+
+    @property
+    def busy(self) -> bool:
+        """Whether any call is queued or running within its deadline."""
+        return any(store.num_unfinished for store in self._stores)
+
+    def promote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
+        """Read frames into their slots and verify them there."""
+        store = self._stores[tier]
+        removes = "w" in store.tier.use.mode
+        for batch in _batches(frames):
+            store.submit(_Batch(True, batch), READ, lambda opened, batch=batch: self._read(opened, batch, removes))
+
+    def demote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
+        """Seal committed slots and write them."""
+        store = self._stores[tier]
+        packs = store.tier.use.codec == "zstd"
+        for batch in _batches(frames):
+            store.submit(_Batch(False, batch), WRITE, lambda opened, batch=batch: _write(opened, batch, packs))
+
+    def drop(self, tier: int, keys: Sequence[BlockKey]) -> None:
+        """Remove keys from a store."""
+        self._stores[tier].submit(_Batch(False, ()), WRITE, lambda opened: opened.remove(keys))
+
+    def poll(self) -> Endings:
+        """Take what ended. Never blocks."""
+        endings = Endings()
+        for tier, store in enumerate(self._stores):
+            for event in store.poll():
+                self._take(endings, tier, store.tier.name, event)
+        return endings
+
+    def close(self) -> None:
+        """Close the stores after what is queued; each waits at most its own deadline. Twice is fine."""
+        for store in self._stores:
+            if not store.close():
+                self._log.failed(f"{store.tier.name} close", "threads that hang were left behind")
+
+    def _take(self, endings: Endings, tier: int, name: str, event: CallEvent) -> None:
+        batch: _Batch = event.tag
+        slots = [frame.slot for frame in batch.frames]
+        if event.outcome is Outcome.RETURNED:
+            endings.released += slots
+            return
+        results: Sequence[object] = [None] * len(slots)
+        if event.outcome is Outcome.DONE:
+            results = event.result if batch.frames else ()
+        else:
+            if event.outcome is Outcome.TIMED_OUT:
+                endings.quarantined += slots
+            assert event.error is not None
+            self._log.failed(f"{name} {'read' if batch.reads else 'write'}", event.error, max(1, len(slots)))
+        for frame, result in zip(batch.frames, results, strict=True):
+            if batch.reads:
+                if isinstance(result, str):
+                    endings.promoted.append((frame.slot, result))
+                    self.counts["promoted_bytes"] += frame.payload_bytes
+                else:
+                    endings.not_promoted.append(frame.slot)
+                    if isinstance(result, FrameCorrupt):
+                        self._log.failed(f"{name} verify", result)
+            elif result is True:
+                endings.demoted.append((tier, frame.slot))
+                self.counts["demoted_bytes"] += frame.payload_bytes
+            else:
+                endings.not_demoted.append((tier, frame.slot))
+                self.counts["demotes_declined"] += event.outcome is Outcome.DONE
+
+    def _read(self, store: BlockStore, batch: Sequence[SlotFrame], removes: bool) -> list[str | FrameCorrupt | None]:
+        """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
+        lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
+        if len(lengths) != len(batch):
+            raise ValueError(f"read answered {len(lengths)} of {len(batch)} keys")
+        results: list[str | FrameCorrupt | None] = []
+        bad = []
+        for frame, length in zip(batch, lengths, strict=True):
+            if length is None:
+                results.append(None)
+                continue
+            try:
+                results.append(self._verify(frame, length))
+            except FrameCorrupt as error:
+                results.append(error)
+                bad.append(frame.key)
+        if bad and removes:
+            store.remove(bad)  # so that the block can be saved again: a store may keep what it has
+        return results
+
+    def _verify(self, frame: SlotFrame, length: object) -> str:
+        if not isinstance(length, int) or not 0 <= length <= len(frame.memory):
+            raise FrameCorrupt(f"store says it filled {length!r} of {len(frame.memory)} bytes")
+        stored = frame.memory[:length]
+        header: FrameHeader = open_frame(
+            stored, key=frame.key, fingerprint=frame.fingerprint, payload_bytes=frame.payload_bytes
+        )
+        if header.codec:
+            payload = decompress_payload(stored, header)
+            frame.memory[HEADER_BYTES : HEADER_BYTES + len(payload)] = payload
+        if not self._can_read(header.order, frame):
+            raise FrameCorrupt(f"payload packed as {header.order!r} cannot be read as {frame.order!r}")
+        return header.order
+
+
+def _write(store: BlockStore, batch: Sequence[SlotFrame], packs: bool) -> list[bool]:
+    """Return, for each frame, whether the store took it. Runs on a store thread."""
+    frames = []
+    for frame in batch:
+        sealed = seal_frame(
+            frame.memory, frame.payload_bytes, key=frame.key, fingerprint=frame.fingerprint, order=frame.order
+        )
+        frames.append(compress_frame(sealed, _ZSTD_LEVEL) if packs else sealed)
+    taken = list(store.write([frame.key for frame in batch], frames))
+    if len(taken) != len(batch):
+        raise ValueError(f"write answered {len(taken)} of {len(batch)} keys")
+    return [result is True for result in taken]
+
+
+def _batches(frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
+    if not frames:
+        return []
+    size = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // max(frame.payload_bytes for frame in frames)))
+    return [frames[i : i + size] for i in range(0, len(frames), size)]
