@@ -1,7 +1,7 @@
 """Load and save the paged KV cache of any LLM engine through connectors that anyone can write.
 
-The leader decides, the worker moves, the engine calls both through one protocol. Importing this package imports no torch:
-`Leader`, `LLM`, `SamplingParams` and `Worker` are loaded when they are first asked for.
+The leader decides, the worker moves, the engine calls both through one protocol. Importing this package imports no
+torch: `Leader`, `LLM`, `SamplingParams` and `Worker` are loaded when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,8 +1,8 @@
 """What an engine calls. A connector's hooks, each guarded: whatever one raises or returns, the engine goes on.
 
 A failed hook costs speed: it is counted, logged once a minute, and answered with "nothing matched", "nothing saved" or
-"these loads failed". Rubbish answers are treated like exceptions. Opening a connector is the exception to the rule: what
-is configured wrongly is raised at start.
+"these loads failed". Rubbish answers are treated like exceptions. Opening a connector is the exception to the rule:
+what is configured wrongly is raised at start.
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ def hook_names(specs: type) -> tuple[str, ...]:
     return tuple(name for name, member in vars(specs).items() if hasattr(member, "kvconnect_spec"))
 
 
-def bind_hooks(
-    specs: type, implementation: object, wrappers: Sequence[object] = ()
-) -> dict[str, Callable[..., Any]]:
+def bind_hooks(specs: type, implementation: object, wrappers: Sequence[object] = ()) -> dict[str, Callable[..., Any]]:
     """Return, for every hook of `specs`, what to call with the hook's arguments in order.
 
     Args:

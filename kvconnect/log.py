@@ -33,4 +33,6 @@ class FailureLog:
         if now - when >= self._interval_s:
             self._logged[kind] = (now, self.counts[kind])
             what = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-            self._logger.warning("kvconnect: %s failed (%d since last logged): %s", kind, self.counts[kind] - then, what)
+            self._logger.warning(
+                "kvconnect: %s failed (%d since last logged): %s", kind, self.counts[kind] - then, what
+            )

@@ -213,11 +213,11 @@ def _parse_url(url: str) -> ConnectorSpec:
         "user": unquote(parts.username or ""),
         "password": Secret(unquote(parts.password or "")),
     }
-    for key, value in located.items():
-        if value not in ("", None):
+    for key, part in located.items():
+        if part not in ("", None):
             if key in options:
                 raise ConfigError(f"option {key!r} stands twice in the URL of {name!r}")
-            options[key] = value
+            options[key] = part
     return ConnectorSpec(name, options)
 
 

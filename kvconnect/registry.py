@@ -1,7 +1,7 @@
 """Finds plugins, knows connectors and stores by name, and turns a configuration into one connector. Opens nothing.
 
 A plugin is anything under the entry-point group ``kvconnect``, or a module named in ``KVCONNECT_PLUGINS``
-(comma-separated; ``no:NAME`` keeps a plugin out). Names are registered as ``"module:Class"`` and imported when asked for.
+(comma-separated; ``no:NAME`` keeps a plugin out). A class is registered as ``"module:Class"`` and imported late.
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Registrar:
         if target.count(":") != 1:
             raise PluginError(f"{name!r} of {self._owner}: {target!r} is not 'module:Class'")
         self._registry.insert(
-            Registered(
-                name=name, target=target, schemes=tuple(schemes), owner=self._owner, version=self._version
-            )
+            Registered(name=name, target=target, schemes=tuple(schemes), owner=self._owner, version=self._version)
         )
 
     def add_wrapper(self, half: Literal["leader", "worker"], target: str) -> None:
@@ -165,7 +163,9 @@ class Registry:
             raise PluginError(f"{name!r} of {entry.owner}: {entry.target} is neither a BlockStore nor a Connector")
         return loaded
 
-    def resolve(self, connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None) -> ResolvedConnector:
+    def resolve(
+        self, connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None
+    ) -> ResolvedConnector:
         """Turn what ``connector=`` takes into one connector.
 
         A list of stores is wrapped in the offload connector, which ``host://`` configures. Without an argument,

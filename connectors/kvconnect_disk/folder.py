@@ -120,8 +120,8 @@ class StoreFolder:
             raise ConfigError(f"{os.fspath(path)!r} cannot be read: {error}; nothing was touched") from error
         if marker.format != "kvconnect-disk" or marker.version != FORMAT_VERSION:
             raise ConfigError(
-                f"{os.fspath(self.root)!r} is of format {marker.format} version {marker.version}, this kvconnect writes "
-                f"version {FORMAT_VERSION}; nothing was touched: use another folder, or the version that made it"
+                f"{os.fspath(self.root)!r} is of format {marker.format} version {marker.version}, this kvconnect "
+                f"writes version {FORMAT_VERSION}; nothing was touched: use another folder, or the version that made it"
             )
 
     def _remove_litter(self) -> None:

@@ -1,7 +1,7 @@
 """A block store over a file system: one file a block, published by rename.
 
-Whole blocks or none: a file is written under a temporary name, then renamed. After kill -9 the rename either happened or
-did not; after a power cut a file may be torn, which its frame's checksum shows, unless ``sync`` is set.
+Whole blocks or none: a file is written under a temporary name, then renamed. After kill -9 the rename either happened
+or did not; after a power cut a file may be torn, which its frame's checksum shows, unless ``sync`` is set.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One paged attention function under every transformers model. Writes K and V into pages, attends, calls the layer hooks.
+"""One paged attention function under every transformers model: writes K and V into pages, attends, calls layer hooks.
 
-It is registered in `transformers.AttentionInterface`; a step's metadata reaches it through a context variable, because not
-every model hands extra arguments down to its attention.
+It is registered in `transformers.AttentionInterface`; a step's metadata reaches it through a context variable, because
+not every model hands extra arguments down to its attention.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine: ``LLM(...).generate(...)``. Reference, not for serving: small, exact, and the specification of every hook's call.
+"""The engine: ``LLM(...).generate(...)``. Reference, not for serving: small, exact, and the order of every hook's call.
 
 Read `LLM.step`: it is one engine step, with every call that a connector gets, in order.
 """
@@ -119,7 +119,9 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         elif len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts and {len(params)} sampling parameters")
-        requests = [self._new_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        requests = [
+            self._new_request(self._tokenize(prompt), each) for prompt, each in zip(prompts, params, strict=True)
+        ]
         for request in requests:
             self._scheduler.add(request)
         finished: dict[str, RequestOutput] = {}
@@ -209,7 +211,9 @@ class LLM:
             if request not in batch.rejected:
                 yield from self._finish_entry(request, start, count, row)
 
-    def _finish_entry(self, request: EngineRequest, start: int, count: int, row: torch.Tensor) -> Iterator[RequestOutput]:
+    def _finish_entry(
+        self, request: EngineRequest, start: int, count: int, row: torch.Tensor
+    ) -> Iterator[RequestOutput]:
         self._scheduler.advance(request, start, count)
         if request.num_computed < len(request.tokens):
             return  # a chunk of the prompt; its logits mean nothing
@@ -221,11 +225,15 @@ class LLM:
             self._scheduler.finish(request)
             yield request.output(self._decode(request.generated))
 
-    def _new_request(self, prompt: str | Sequence[int], params: SamplingParams) -> EngineRequest:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ConfigError("this model has no tokenizer; give prompts as lists of token ids")
-            prompt = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    def _tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise ConfigError("this model has no tokenizer; give prompts as lists of token ids")
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _new_request(self, prompt: Sequence[int], params: SamplingParams) -> EngineRequest:
         if not prompt:
             raise ConfigError("a prompt needs at least one token")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:

@@ -70,8 +70,9 @@ def load_model(
         UnsupportedError: If the model's attention or KV cannot be served, with the reason.
     """
     folder: Path | None = None
+    loaded: Any
     if model is None:
-        loaded, tokenizer = tiny_model().to(dtype), tiny_tokenizer()
+        loaded, tokenizer = tiny_model(dtype), tiny_tokenizer()
     elif isinstance(model, torch.nn.Module):
         loaded, tokenizer = model.to(dtype), None
     else:
@@ -103,7 +104,7 @@ def _geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     if dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedError(f"the reference engine runs float32 and bfloat16, not {dtype}")
     count = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    window: int | None = getattr(config, "sliding_window", None)
     kinds: Sequence[str] = getattr(config, "layer_types", None) or (
         ["full_attention" if window is None else "sliding_attention"] * count
     )
@@ -111,7 +112,7 @@ def _geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     if unknown:
         raise UnsupportedError(f"layers of type {', '.join(sorted(unknown))} are not served by the reference engine")
     groups = [
-        (tuple(i for i in range(count) if kinds[i] == kind), None if kind == "full_attention" else int(window))
+        (tuple(i for i in range(count) if kinds[i] == kind), None if kind == "full_attention" else window)
         for kind in ("full_attention", "sliding_attention")
         if kind in kinds
     ]

@@ -1,7 +1,7 @@
 """The engine's paged KV cache: tensors, who holds which page, and which full pages can be used again. No scheduling.
 
-A page is free, held by one or more sequences, or cached: full, named by its block hash, held by nobody. Cached pages are
-handed out last, least recently used first. Fresh pages are filled with NaN, so that KV that nobody wrote is seen.
+A page is free, held by one or more sequences, or cached: full, named by its block hash, held by nobody. Cached pages
+are handed out last, least recently used first. Fresh pages are filled with NaN, so that KV that nobody wrote is seen.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class PagePool:
         held = {page for page, count in enumerate(self._holders) if count > 0}
         assert len(free) == len(self._free), "a page is free twice"
         assert min(self._holders, default=0) >= 0, "a page was released more often than held"
-        assert not free & cached and not free & held and not cached & held, "a page is in two places"
+        assert len(free) + len(cached) + len(held) == len(free | cached | held), "a page is in two places"
         assert free | cached | held == set(range(self.num_pages)), "a page is lost"
         assert cached <= set(self._hash_of), "a page is cached without a name"
         assert {page: name for name, page in self._page_of.items()} == self._hash_of, "names and pages disagree"

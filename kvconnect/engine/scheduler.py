@@ -88,7 +88,8 @@ class Scheduler:
 
     def output(self, batch: Batch) -> SchedulerOutput:
         """Describe the batch for the leader, and count the step."""
-        new, cached = [], []
+        new: list[ScheduledRequest] = []
+        cached: list[ScheduledRequest] = []
         for request, start, count in batch.entries:
             described = ScheduledRequest(
                 request_id=request.request_id,

@@ -21,8 +21,8 @@ def tiny_tokenizer() -> Any:
     return ByT5Tokenizer(extra_ids=0)
 
 
-def tiny_model() -> LlamaForCausalLM:
-    """Return the model: the same weights in every process with the same torch."""
+def tiny_model(dtype: torch.dtype = torch.float32) -> Any:
+    """Return the model in `dtype`: the same weights in every process with the same torch."""
     config = LlamaConfig(
         vocab_size=259,  # 256 bytes and the tokenizer's three special tokens
         hidden_size=256,
@@ -40,6 +40,7 @@ def tiny_model() -> LlamaForCausalLM:
     state = torch.random.get_rng_state()
     torch.manual_seed(_SEED)
     try:
-        return LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM(config)  # Any: transformers types `to` as taking a model
+        return model.to(dtype)
     finally:
         torch.random.set_rng_state(state)

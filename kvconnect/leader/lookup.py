@@ -1,4 +1,4 @@
-"""Asks the stores which blocks they hold, off the scheduling path, and remembers the answers. A belief, never a promise."""
+"""Asks the stores which blocks they hold, off the scheduling path; the answers are beliefs, never promises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from kvconnect.protocol.keys import BlockHash, block_key
@@ -114,12 +115,8 @@ class StoreLookup:
         question = next(self._questions)
         longest = max(store.timeout_s for store in self._stores.values())
         self._pending[request_id] = _Pending(question, set(self._stores), hashes, time.monotonic() + longest)
-        for number, store in self._stores.items():
-
-            def work(opened: BlockStore) -> tuple[Sequence[BlockHash], list[list[bool]]]:
-                return _ask(opened, hashes, namespace, shards, stop_early)
-
-            store.submit((request_id, question), LOOKUP, work)
+        for store in self._stores.values():
+            store.submit((request_id, question), LOOKUP, partial(_ask, hashes, namespace, shards, stop_early))
 
     def is_pending(self, request_id: str) -> bool:
         """Say whether it is worth asking again; a lookup past its deadline is given up."""
@@ -165,13 +162,13 @@ class StoreLookup:
 
 
 def _ask(
-    store: BlockStore,
     hashes: Sequence[BlockHash],
     namespace: bytes,
     shards: Sequence[Sequence[int]],
     stop_early: bool,
+    store: BlockStore,
 ) -> tuple[Sequence[BlockHash], list[list[bool]]]:
-    """Return, for each layer group, which of the first blocks the store has with every shard. Runs on a store thread."""
+    """Return, for each layer group, which of the first blocks the store has, every shard. Runs on a store thread."""
     found: list[list[bool]] = [[] for _ in shards]
     for start in range(0, len(hashes), _BATCH):
         batch = hashes[start : start + _BATCH]

@@ -272,7 +272,7 @@ class OffloadLeader(Leader):
         self._lookup.close()
 
     def _check_integrity(self) -> None:
-        """Compare the index with itself; see `BlockIndex.check_integrity`. Private, because public methods are hooks."""
+        """Compare the index with itself, see `BlockIndex.check_integrity`; private, for public methods are hooks."""
         self._index.check_integrity()
 
     # -- parts ---------------------------------------------------------------------------------------------------
@@ -368,7 +368,8 @@ class OffloadLeader(Leader):
         return PlannedLoad(entry, block_hash, group, ordinal, block_id)
 
     def _plan_loads(self, opened: OpenStep, ids: dict[str, int]) -> tuple[list[Move], list[Move]]:
-        loads, fails = [], []
+        loads: list[Move] = []
+        fails: list[Move] = []
         for state in self._requests.values():
             if not state.loads:
                 continue
@@ -461,4 +462,3 @@ class OffloadLeader(Leader):
         self._lookup.forget(state.request_id)
         self._traffic.forget(state)
         state.let_go(self._index)
-

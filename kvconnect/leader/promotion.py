@@ -28,7 +28,7 @@ class TierTraffic:
         self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
         self._num_ranks = num_ranks
         self._to_demote: deque[tuple[int, Entry]] = deque()
-        self._demoting: dict[tuple[int, int], list[int]] = {}  # (tier, slot) -> [ranks that are silent, ranks that failed]
+        self._demoting: dict[tuple[int, int], list[int]] = {}  # (tier, slot) -> [silent ranks, failed ranks]
         self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
         self._wanting: dict[str, RequestState] = {}
         self.promoted = self.not_promoted = self.demoted = self.not_demoted = self.no_slot = 0

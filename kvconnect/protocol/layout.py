@@ -1,7 +1,7 @@
 """Describes an engine's paged KV cache: which tensor holds which layers, roles and axes. Moves nothing, needs no torch.
 
-A region is one tensor whose index 0 is the block id. An engine with a tensor a layer and role has many regions; one with
-a single pool has one, with ``layer`` and ``role`` among its axes. What lies in a block is either named by axes, or opaque.
+A region is one tensor whose index 0 is the block id. An engine with a tensor a layer and role has many regions; one
+with a single pool has one, with ``layer`` and ``role`` among its axes. What a block holds is named by axes, or opaque.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def first_needed_block(num_tokens: int, block_size: int, window: int | None) -> 
 def longest_match(
     present: Sequence[Sequence[bool]], block_size: int, windows: Sequence[int | None], first: int, limit: int
 ) -> int:
-    """Return the largest number of blocks ``n <= limit`` such that every group has the blocks it needs of ``[first, n)``.
+    """Return the largest number of blocks ``n <= limit`` so that every group has the blocks it needs of ``[first, n)``.
 
     Args:
         present: For each group, whether block ``i`` is there; each at least `limit` long.

@@ -1,8 +1,8 @@
 """Plan, report and handshake: what leader and workers write to each other. Versioned, packed, never executed.
 
-A message is four bytes, ``b"KV"``, its kind and its version, then one msgspec array. Rows of blocks are packed columns: a
-plan of 2,048 moves costs about as much as a list of 2,048 hashes. A message of another version, a torn one, or one with
-columns of the wrong length is a `MetadataError`. Golden bytes: `tests/vectors/messages.json`.
+A message is four bytes, ``b"KV"``, its kind and its version, then one msgspec array. Rows of blocks are packed
+columns: a plan of 2,048 moves costs about as much as a list of 2,048 hashes. A message of another version, a torn one,
+or one with columns of the wrong length is a `MetadataError`. Golden bytes: `tests/vectors/messages.json`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import msgspec
 
@@ -100,9 +100,10 @@ class _Message(msgspec.Struct, frozen=True, array_like=True):
         if data[3] != cls.VERSION:
             raise MetadataError(f"{name} of version {data[3]}; this kvconnect speaks version {cls.VERSION}")
         try:
-            return _DECODERS[cls].decode(memoryview(data)[4:])
+            decoded: Self = _DECODERS[cls].decode(memoryview(data)[4:])
         except msgspec.MsgspecError as error:
             raise MetadataError(f"{name} cannot be decoded: {error}") from error
+        return decoded
 
 
 class Plan(_Message, frozen=True, array_like=True):
@@ -222,4 +223,4 @@ def unpack_ints(data: bytes) -> list[int]:
 
 _NO_MOVES = PackedMoves()
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODERS = {cls: msgspec.msgpack.Decoder(cls) for cls in (Plan, Report, Handshake)}
+_DECODERS: dict[type, Any] = {cls: msgspec.msgpack.Decoder(cls) for cls in (Plan, Report, Handshake)}

@@ -1,7 +1,7 @@
-"""Runs a store's calls on bounded threads, off the scheduling path, each with a deadline. Knows neither slots nor plans.
+"""Runs a store's calls on bounded threads, off the scheduling path, each with a deadline. Knows no slots, no plans.
 
-A call that misses its deadline is reported once as failed; when it returns after all it is reported as returned, because
-until then it may still touch the memory it was given. A store with every thread stuck takes no new calls.
+A call that misses its deadline is reported once as failed; when it returns after all it is reported as returned,
+because until then it may still touch the memory it was given. A store with every thread stuck takes no new calls.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class StoreThreads:
         return not any(thread.is_alive() for thread in self._threads)
 
     def _fail_queued(self) -> list[CallEvent]:
-        events = []
+        events: list[CallEvent] = []
         while True:
             try:
                 _, _, call = self._queue.get_nowait()

@@ -57,7 +57,7 @@ class Arena:
             if self.slot_bytes >= _HUGE_PAGE_BYTES // 8:  # first touch is twice as fast; tiny slots would only waste
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(self.num_slots, self.slot_bytes)
-        self._bytes = memoryview(self.slots.numpy()).cast("B")
+        self._bytes = self.slots.view(-1).numpy().data
 
     def slot(self, number: int) -> memoryview:
         """Return the writable bytes of one slot.

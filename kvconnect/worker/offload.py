@@ -38,6 +38,48 @@ __all__ = ["OffloadWorker"]
 logger = logging.getLogger(__name__)
 
 
+class _Step:
+    """What is left to do of a plan, and what went wrong with it. A list is emptied when its work begins."""
+
+    __slots__ = (
+        "bad_pages",
+        "demotes",
+        "drops",
+        "failed_saves",
+        "fails",
+        "load_errors",
+        "loads",
+        "number",
+        "promotes",
+        "request_ids",
+        "saves",
+    )
+
+    def __init__(self, plan: Plan, num_groups: int) -> None:
+        """Unpack a plan.
+
+        Raises:
+            MetadataError: If its columns do not fit together.
+        """
+        self.number = plan.step
+        self.request_ids = plan.request_ids
+        self.loads = plan.loads.unpack()
+        self.fails = plan.fails.unpack()
+        self.saves = plan.saves.unpack()
+        self.promotes = plan.promotes.unpack()
+        self.demotes = plan.demotes.unpack()
+        self.drops = plan.drops.unpack()
+        self.load_errors: dict[tuple[str, int], list[int]] = defaultdict(list)
+        self.bad_pages: list[set[int]] = [set() for _ in range(num_groups)]
+        self.failed_saves: list[int] = []
+
+    def take(self, name: str) -> list[Move]:
+        """Return one list of moves and leave an empty one: a plan is applied once."""
+        moves: list[Move] = getattr(self, name)
+        setattr(self, name, [])
+        return moves
+
+
 class OffloadWorker(Worker):
     """Arena, copies and store traffic of one rank."""
 
@@ -63,7 +105,7 @@ class OffloadWorker(Worker):
         self._promoting: dict[int, tuple[int, bytes]] = {}  # slot -> group and hash of what is on its way up
         self._counts: Counter[str] = Counter()
         self._log = FailureLog(logger)
-        self._begin_step(Plan(step=-1))
+        self._now = _Step(Plan(step=-1), 0)
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -96,7 +138,8 @@ class OffloadWorker(Worker):
 
     def get_handshake_metadata(self) -> bytes:
         """Say how many slots there are, and what a block of each group is."""
-        assert self._layout is not None and self._arena is not None, "register_kv_caches comes first"
+        assert self._layout is not None, "register_kv_caches comes first"
+        assert self._arena is not None, "register_kv_caches comes first"
         groups = tuple(
             GroupHandshake(group.block_size, group.window or 0, len(group.layers), group.payload_bytes, shard)
             for group, shard in zip(self._layout.groups, self._shards, strict=True)
@@ -111,32 +154,28 @@ class OffloadWorker(Worker):
         Raises:
             MetadataError: If it cannot be read; then the plan bound before is gone too.
         """
-        self._begin_step(Plan(step=-1))
-        self._begin_step(Plan.decode(meta))
+        self._now = _Step(Plan(step=-1), len(self._orders))
+        self._now = _Step(Plan.decode(meta), len(self._orders))
 
     def start_load_kv(self) -> None:
         """Fill pages from slots, then start the store traffic in the background. Applied once a plan."""
         assert self._transfers is not None, "register_kv_caches comes first"
-        (loads, self._loads), (fails, self._fails) = (self._loads, []), (self._fails, [])
-        for move in fails:
+        for move in self._now.take("fails"):
             self._load_failed(move)
-        self._load(loads)
-        promotes, self._promotes = self._promotes, []
-        for tier, moves in _by_target(promotes).items():
+        self._load(self._now.take("loads"))
+        for tier, moves in _by_target(self._now.take("promotes")).items():
             for move in moves:
                 self._held.pop(move.slot, None)  # until it is verified, the slot holds nothing
                 self._promoting[move.slot] = (move.group, move.block_hash)
             self._transfers.promote(tier, [self._frame(move) for move in moves])
-        demotes, self._demotes = self._demotes, []
-        for tier, moves in _by_target(demotes).items():
+        for tier, moves in _by_target(self._now.take("demotes")).items():
             self._transfers.demote(tier, [self._frame(move) for move in moves])
-        drops, self._drops = self._drops, []
-        for tier, moves in _by_target(drops).items():
+        for tier, moves in _by_target(self._now.take("drops")).items():
             self._transfers.drop(tier, [self._key(move) for move in moves])
 
     def wait_for_save(self) -> None:
         """Fill slots from pages; complete on return. Applied once a plan."""
-        planned, self._saves = self._saves, []
+        planned = self._now.take("saves")
         if not planned:
             return
         saves: dict[int, list[Move]] = defaultdict(list)
@@ -148,7 +187,7 @@ class OffloadWorker(Worker):
             try:
                 self._copiers[group].gather([move.target for move in moves], [move.slot for move in moves])
             except Exception as error:
-                self._failed_saves += [move.slot for move in moves]
+                self._now.failed_saves += [move.slot for move in moves]
                 self._log.failed("save", error, len(moves))
                 continue
             for move in moves:
@@ -158,7 +197,7 @@ class OffloadWorker(Worker):
 
     def get_block_ids_with_load_errors(self) -> list[set[int]]:
         """Return the pages of this step's failed loads, by group."""
-        return self._bad_pages
+        return self._now.bad_pages
 
     def build_worker_report(self) -> bytes:
         """Say what became of the step, and what ended in the background."""
@@ -170,19 +209,19 @@ class OffloadWorker(Worker):
         for slot in endings.not_promoted:
             self._promoting.pop(slot, None)
         # what a hook that raised never came to has failed, and must be said: its slots would stay reserved
-        for move in (*self._loads, *self._fails):
+        for move in (*self._now.loads, *self._now.fails):
             self._load_failed(move)
-        endings.not_promoted += [move.slot for move in self._promotes]
-        endings.not_demoted += [(move.target, move.slot) for move in self._demotes]
-        self._failed_saves += [move.slot for move in self._saves]
+        endings.not_promoted += [move.slot for move in self._now.promotes]
+        endings.not_demoted += [(move.target, move.slot) for move in self._now.demotes]
+        self._now.failed_saves += [move.slot for move in self._now.saves]
         return Report(
-            step=self._step,
+            step=self._now.number,
             rank=self._rank,
             load_errors=tuple(
                 LoadError(request_id, group, pack_ints(ordinals))
-                for (request_id, group), ordinals in self._load_errors.items()
+                for (request_id, group), ordinals in self._now.load_errors.items()
             ),
-            failed_saves=pack_ints(self._failed_saves),
+            failed_saves=pack_ints(self._now.failed_saves),
             promoted=pack_ints(slot for slot, _ in endings.promoted),
             not_promoted=pack_ints(endings.not_promoted),
             demoted=pack_ints(value for pair in endings.demoted for value in pair),
@@ -216,19 +255,6 @@ class OffloadWorker(Worker):
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
-    def _begin_step(self, plan: Plan) -> None:
-        self._step = plan.step
-        self._request_ids = plan.request_ids
-        self._loads = plan.loads.unpack()
-        self._fails = plan.fails.unpack()
-        self._promotes = plan.promotes.unpack()
-        self._demotes = plan.demotes.unpack()
-        self._drops = plan.drops.unpack()
-        self._saves = plan.saves.unpack()
-        self._load_errors: dict[tuple[str, int], list[int]] = defaultdict(list)
-        self._bad_pages: list[set[int]] = [set() for _ in self._orders]
-        self._failed_saves: list[int] = []
-
     def _load(self, loads: Sequence[Move]) -> None:
         """Scatter every load whose slot holds what the plan says; the rest are errors."""
         started = time.perf_counter()
@@ -257,12 +283,13 @@ class OffloadWorker(Worker):
             self._counts["load_us"] += round((time.perf_counter() - started) * 1e6)
 
     def _load_failed(self, move: Move) -> None:
-        self._load_errors[self._request_ids[move.request], move.group].append(move.ordinal)
-        self._bad_pages[move.group].add(move.target)
+        self._now.load_errors[self._now.request_ids[move.request], move.group].append(move.ordinal)
+        self._now.bad_pages[move.group].add(move.target)
         self._counts["load_errors"] += 1
 
     def _frame(self, move: Move) -> SlotFrame:
-        assert self._arena is not None and self._layout is not None
+        assert self._arena is not None, "register_kv_caches comes first"
+        assert self._layout is not None, "register_kv_caches comes first"
         held = self._held.get(move.slot)
         return SlotFrame(
             slot=move.slot,
@@ -283,4 +310,3 @@ def _by_target(planned: Sequence[Move]) -> dict[int, list[Move]]:
     for move in planned:
         tiers[move.target].append(move)
     return tiers
-

@@ -1,7 +1,7 @@
 """Moves frames between arena slots and stores, in the background. Seals and verifies; decides nothing.
 
-Slots are memory that a store call may touch: from `promote` or `demote` until `poll` tells how it ended, and, for a call
-that missed its deadline, until `poll` tells that it has returned.
+Slots are memory that a store call may touch: from `promote` or `demote` until `poll` tells how it ended, and, for a
+call that missed its deadline, until `poll` tells that it has returned.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from kvconnect.errors import FrameCorrupt
@@ -110,14 +111,14 @@ class StoreTransfers:
         store = self._stores[tier]
         removes = "w" in store.tier.use.mode
         for batch in _batches(frames):
-            store.submit(_Batch(True, batch), READ, lambda opened, batch=batch: self._read(opened, batch, removes))
+            store.submit(_Batch(True, batch), READ, partial(self._read, batch, removes))
 
     def demote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
         """Seal committed slots and write them."""
         store = self._stores[tier]
         packs = store.tier.use.codec == "zstd"
         for batch in _batches(frames):
-            store.submit(_Batch(False, batch), WRITE, lambda opened, batch=batch: _write(opened, batch, packs))
+            store.submit(_Batch(False, batch), WRITE, partial(_write, batch, packs))
 
     def drop(self, tier: int, keys: Sequence[BlockKey]) -> None:
         """Remove keys from a store."""
@@ -167,7 +168,7 @@ class StoreTransfers:
                 endings.not_demoted.append((tier, frame.slot))
                 self.counts["demotes_declined"] += event.outcome is Outcome.DONE
 
-    def _read(self, store: BlockStore, batch: Sequence[SlotFrame], removes: bool) -> list[str | FrameCorrupt | None]:
+    def _read(self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore) -> list[str | FrameCorrupt | None]:
         """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
         lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
         if len(lengths) != len(batch):
@@ -202,7 +203,7 @@ class StoreTransfers:
         return header.order
 
 
-def _write(store: BlockStore, batch: Sequence[SlotFrame], packs: bool) -> list[bool]:
+def _write(batch: Sequence[SlotFrame], packs: bool, store: BlockStore) -> list[bool]:
     """Return, for each frame, whether the store took it. Runs on a store thread."""
     frames = []
     for frame in batch:
