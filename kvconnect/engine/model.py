@@ -16,7 +16,7 @@ from kvconnect.engine.tiny import tiny_model, tiny_tokenizer
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol import Namespace, check_prefix_law, model_identity, rope_settings
 
-__all__ = ["KVGeometry", "LoadedModel", "load_model"]
+__all__ = ["KVGeometry", "LoadedModel", "load_model", "load_tokenizer"]
 
 
 class KVGeometry(NamedTuple):
@@ -80,7 +80,7 @@ def load_model(
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{os.fspath(model)!r} is no checkpoint folder: it has no config.json")
         loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = _load_tokenizer(folder, loaded.config)
+        tokenizer = load_tokenizer(folder, loaded.config)
     loaded.eval()
     config = loaded.config.get_text_config().to_dict()
     check_prefix_law(config)
@@ -93,9 +93,11 @@ def load_model(
     return LoadedModel(loaded, tokenizer, geometry, namespace)
 
 
-def _load_tokenizer(folder: Path, config: Any) -> Any:
+def load_tokenizer(folder: str | os.PathLike[str] | None, config: Any) -> Any:
     """Return the folder's tokenizer; bytes if it has none and the vocabulary is large enough, else None."""
-    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if folder is not None and any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return tiny_tokenizer() if config.get_text_config().vocab_size >= 259 else None
 
