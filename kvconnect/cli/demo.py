@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -148,8 +149,9 @@ def _events(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
-                process.stdin.write(json.dumps(job).encode())
-                process.stdin.close()
+                with contextlib.suppress(BrokenPipeError):  # it died first; its exit status says so below
+                    process.stdin.write(json.dumps(job).encode())
+                    process.stdin.close()
                 error = ""
                 for line in process.stdout:
                     event = json.loads(line)

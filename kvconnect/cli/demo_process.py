@@ -10,7 +10,7 @@ from typing import Any
 
 from kvconnect.engine import LLM, SamplingParams
 from kvconnect.engine.tiny import tiny_model
-from kvconnect.errors import KVConnectError
+from kvconnect.errors import ConfigError, KVConnectError
 
 __all__ = ["main"]
 
@@ -61,6 +61,8 @@ def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, local_files_only=True)
         tokenizer = load_tokenizer(job["model"], model.config)
     model.eval()
+    if tokenizer is None:
+        raise ConfigError(f"{job['model']} has no tokenizer, and its vocabulary is too small for bytes")
     for prompt in job["prompts"]:
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
         output = model.generate(

@@ -229,7 +229,9 @@ class LLM:
         if not isinstance(prompt, str):
             return prompt
         if self.tokenizer is None:
-            raise ConfigError("this model has no tokenizer; give prompts as lists of token ids")
+            raise ConfigError(
+                "this model has no tokenizer and a vocabulary too small for bytes; give prompts as token ids"
+            )
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 

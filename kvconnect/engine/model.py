@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvconnect.engine.attention import PAGED_ATTENTION
-from kvconnect.engine.tiny import tiny_model, tiny_tokenizer
+from kvconnect.engine.tiny import ByteTokenizer, tiny_model
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol import Namespace, check_prefix_law, model_identity, rope_settings
 
@@ -72,7 +72,7 @@ def load_model(
     folder: Path | None = None
     loaded: Any
     if model is None:
-        loaded, tokenizer = tiny_model(dtype), tiny_tokenizer()
+        loaded, tokenizer = tiny_model(dtype), ByteTokenizer()
     elif isinstance(model, torch.nn.Module):
         loaded, tokenizer = model.to(dtype), None
     else:
@@ -99,7 +99,7 @@ def load_tokenizer(folder: str | os.PathLike[str] | None, config: Any) -> Any:
         (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return tiny_tokenizer() if config.get_text_config().vocab_size >= 259 else None
+    return ByteTokenizer() if config.get_text_config().vocab_size >= ByteTokenizer.VOCAB_SIZE else None
 
 
 def _geometry(config: Any, dtype: torch.dtype) -> KVGeometry:

@@ -6,25 +6,38 @@ output, and no comparison would mean anything.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-__all__ = ["tiny_model", "tiny_tokenizer"]
+__all__ = ["ByteTokenizer", "tiny_model"]
 
 _SEED = 20261122
 
 
-def tiny_tokenizer() -> Any:
-    """Return a tokenizer whose tokens are UTF-8 bytes."""
-    return ByT5Tokenizer(extra_ids=0)
+class ByteTokenizer:
+    """Tokens are UTF-8 bytes; called like a transformers tokenizer.
+
+    Not ByT5Tokenizer: that raises on ids above its own vocabulary, and random weights of a larger model give such ids.
+    """
+
+    VOCAB_SIZE = 256
+
+    def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
+        """Encode `text`; there are no special tokens to add."""
+        return {"input_ids": list(text.encode("utf-8"))}
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Decode `tokens`; what is no byte, or no UTF-8, becomes the replacement character."""
+        return b"".join(bytes([t]) if t < self.VOCAB_SIZE else b"\xff" for t in tokens).decode("utf-8", "replace")
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> Any:
     """Return the model in `dtype`: the same weights in every process with the same torch."""
     config = LlamaConfig(
-        vocab_size=259,  # 256 bytes and the tokenizer's three special tokens
+        vocab_size=ByteTokenizer.VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=6,
@@ -35,7 +48,6 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> Any:
         initializer_range=0.2,
         bos_token_id=None,
         eos_token_id=None,
-        pad_token_id=0,
     )
     state = torch.random.get_rng_state()
     torch.manual_seed(_SEED)
