@@ -94,6 +94,14 @@ class StoreFolder:
     def usage(self, value: int) -> None:
         os.pwrite(self._usage_fd, max(0, value).to_bytes(8, "little"), 0)
 
+    def bytes_on_their_way(self) -> int:
+        """Return the size of everybody's temporary files; a file that moves meanwhile may be missed."""
+        total = 0
+        for path in (self.root / "tmp").glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                total += path.stat().st_size
+        return total
+
     def close(self) -> None:
         """Remove this process's temporary folder and let the locks go; twice is fine."""
         if self._lock_fd < 0:

@@ -171,7 +171,7 @@ class DiskStore(BlockStore):
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(path)
                 files.append((info.st_mtime_ns, _charged(info.st_size), path))
-        used = sum(size for _, size, _ in files)
+        used = sum(size for _, size, _ in files) + self._folder.bytes_on_their_way()
         if used > limit:
             for _, size, path in sorted(files):
                 if used <= limit:

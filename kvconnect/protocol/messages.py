@@ -101,7 +101,7 @@ class _Message(msgspec.Struct, frozen=True, array_like=True):
             raise MetadataError(f"{name} of version {data[3]}; this kvconnect speaks version {cls.VERSION}")
         try:
             decoded: Self = _DECODERS[cls].decode(memoryview(data)[4:])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # msgspec lets the latter through
             raise MetadataError(f"{name} cannot be decoded: {error}") from error
         return decoded
 
