@@ -172,9 +172,6 @@ def test_payload_of_another_order_is_permuted(writer: str, reader: str) -> None:
     source, target = LAYOUTS[writer](dtype), LAYOUTS[reader](dtype)
     assert source.fingerprint(0) == target.fingerprint(0)
     order = source.payload_order(0)
-    if not can_reorder(order, target.payload_order(0)):
-        assert order != target.payload_order(0)
-        return
     arena = arena_for(source)
     fill(source, 4, 77, dtype)
     fill(source, 5, 78, dtype)
