@@ -258,7 +258,7 @@ def load_registry(environ: Mapping[str, str] | None = None) -> Registry:
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name!r} of {owner}: {error}") from error
         versions[name] = (owner, version)
-    for impl in reversed(manager.hook.kvconnect_register.get_hookimpls()):  # pluggy lists the last registered first
+    for impl in manager.hook.kvconnect_register.get_hookimpls():
         impl.function(registry=Registrar(registry, *versions[impl.plugin_name]))
     return registry
 

@@ -42,7 +42,7 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
     """Make a tiny model with random weights, the same for the same seed."""
     import transformers as tf
 
-    shape = {**SHAPE, **changes}
+    shape: dict[str, Any] = {**SHAPE, **changes}
     torch.manual_seed(seed)
     model: Any
     if family == "llama":
@@ -53,7 +53,8 @@ def make_model(family: str, seed: int = 0, **changes: Any) -> Any:
         model = tf.MistralForCausalLM(tf.MistralConfig(**shape, sliding_window=40))
     else:
         shape["num_hidden_layers"] = 4
-        config = tf.Gemma3TextConfig(**shape, sliding_window=24, sliding_window_pattern=2)
+        shape |= {"sliding_window": 24, "sliding_window_pattern": 2}
+        config = tf.Gemma3TextConfig(**shape)
         model = tf.Gemma3ForCausalLM(config)
     model.eval()
     return model

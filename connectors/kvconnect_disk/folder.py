@@ -2,7 +2,7 @@
 
     <root>/kvconnect-disk.json   {"format": "kvconnect-disk", "version": 1}; written last when a folder is made
     <root>/lock                  flock: taken for set-up, clean-up, accounting and eviction
-    <root>/usage                 bytes in use, 8 bytes little-endian, under the lock
+    <root>/usage                 bytes published and bytes on their way, 8 bytes little-endian each, under the lock
     <root>/blocks/<hh>/<key>     one file a block; <key> is the block key in hex, <hh> the hash's first byte
     <root>/tmp/<random>/         one folder a living process, its `lock` held; files move from here to blocks/
 
@@ -29,7 +29,7 @@ __all__ = ["FORMAT_VERSION", "StoreFolder"]
 
 FORMAT_VERSION = 1
 _MARKER = "kvconnect-disk.json"
-_UNFINISHED = {"lock", ".marker"}  # what a crash while the folder was being made leaves
+_UNFINISHED = {"lock", ".marker", "blocks", "tmp"}  # what is there while a folder is being made, or after a crash
 
 
 class _Marker(msgspec.Struct, forbid_unknown_fields=True):
@@ -57,21 +57,20 @@ class StoreFolder:
         self._thread_lock = threading.Lock()
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            names = set(os.listdir(root))
-            if _MARKER not in names and names - _UNFINISHED:
-                raise ConfigError(
-                    f"{os.fspath(root)!r} holds other files and no {_MARKER}; give the disk store a folder of its own"
-                )
+            self._refuse_foreign()  # before anything is written there
             self._lock_fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with self.locked():
                 if not (root / _MARKER).exists():
+                    self._refuse_foreign()
                     self._make()
                 self._check_marker()
-                self._remove_litter()
+                alone = self._remove_litter()
                 self.tmp = root / "tmp" / secrets.token_hex(8)
                 self.tmp.mkdir(mode=0o700)
                 self._tmp_fd = _try_lock(self.tmp / "lock")
                 self._usage_fd = os.open(root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                if alone:  # nobody else lives: what is still booked as on its way died with its owner
+                    self.on_their_way = 0
         except OSError as error:
             raise ConfigError(f"disk store cannot use {os.fspath(root)!r}: {error}") from error
 
@@ -86,21 +85,28 @@ class StoreFolder:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
 
     @property
-    def usage(self) -> int:
-        """Bytes in use by everyone, as last accounted; read it under the lock."""
-        return int.from_bytes(os.pread(self._usage_fd, 8, 0), "little")
+    def published(self) -> int:
+        """Bytes of everybody's block files, as last accounted. Under the lock."""
+        return self._read_usage(0)
 
-    @usage.setter
-    def usage(self, value: int) -> None:
-        os.pwrite(self._usage_fd, max(0, value).to_bytes(8, "little"), 0)
+    @published.setter
+    def published(self, value: int) -> None:
+        self._write_usage(0, value)
 
-    def bytes_on_their_way(self) -> int:
-        """Return the size of everybody's temporary files; a file that moves meanwhile may be missed."""
-        total = 0
-        for path in (self.root / "tmp").glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):
-                total += path.stat().st_size
-        return total
+    @property
+    def on_their_way(self) -> int:
+        """Bytes that everybody has been given room for and has not published yet. Under the lock."""
+        return self._read_usage(8)
+
+    @on_their_way.setter
+    def on_their_way(self, value: int) -> None:
+        self._write_usage(8, value)
+
+    def _read_usage(self, offset: int) -> int:
+        return int.from_bytes(os.pread(self._usage_fd, 8, offset), "little")
+
+    def _write_usage(self, offset: int, value: int) -> None:
+        os.pwrite(self._usage_fd, max(0, value).to_bytes(8, "little"), offset)
 
     def close(self) -> None:
         """Remove this process's temporary folder and let the locks go; twice is fine."""
@@ -110,6 +116,13 @@ class StoreFolder:
         for fd in (self._tmp_fd, self._usage_fd, self._lock_fd):
             os.close(fd)
         self._lock_fd = -1
+
+    def _refuse_foreign(self) -> None:
+        names = set(os.listdir(self.root))
+        if _MARKER not in names and names - _UNFINISHED:
+            raise ConfigError(
+                f"{os.fspath(self.root)!r} holds other files and no {_MARKER}; give the disk store a folder of its own"
+            )
 
     def _make(self) -> None:
         os.chmod(self.root, 0o700)
@@ -132,13 +145,21 @@ class StoreFolder:
                 f"writes version {FORMAT_VERSION}; nothing was touched: use another folder, or the version that made it"
             )
 
-    def _remove_litter(self) -> None:
-        """Remove the temporary folders whose owner is gone: their lock can be taken. Under the lock."""
+    def _remove_litter(self) -> bool:
+        """Remove the temporary folders whose owner is gone: their lock can be taken. Under the lock.
+
+        Returns:
+            Whether no other process is left.
+        """
+        alone = True
         for entry in os.scandir(self.root / "tmp"):
             fd = _try_lock(Path(entry.path) / "lock")
             if fd >= 0:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(fd)
+            else:
+                alone = False
+        return alone
 
 
 def _try_lock(path: Path) -> int:

@@ -24,6 +24,7 @@ __all__ = ["DiskOptions", "DiskStore"]
 
 _HASH_BYTE = 32  # first byte of the hash in a key: spreads over the 256 folders, as the namespace would not
 _PAGE = 4096
+_DECLINED = (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR)  # full, or something else has the name
 _KEEP = 0.95  # an eviction frees a twentieth, so that scans are rare
 
 
@@ -72,11 +73,10 @@ class DiskStore(BlockStore):
         """Delete each key's file; what is no file is left alone."""
         for key in keys:
             path = self._path(key)
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
-                freed = _charged(os.stat(path).st_size)
+            with contextlib.suppress(OSError), self._folder.locked():
+                freed = _charged(os.lstat(path).st_size)
                 os.unlink(path)
-                with self._folder.locked():
-                    self._folder.usage -= freed
+                self._folder.published -= freed
 
     def scan(self) -> Iterator[BlockKey]:
         """Yield the keys that have a file."""
@@ -116,29 +116,23 @@ class DiskStore(BlockStore):
         if not self._take_room(size):
             return False
         temporary = os.fspath(self._folder.tmp / str(next(self._numbers)))
-        published = False
+        added = 0
         try:
+            self._write_file(temporary, frame)
             replaced = _charged(os.stat(path).st_size) if _is_file(path) else 0
-            try:
-                self._write_file(temporary, frame)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise
-                return False
-            try:
-                os.replace(temporary, path)
-            except (IsADirectoryError, NotADirectoryError):  # something else has the name
-                return False
-            published = True
-            size = replaced
+            os.replace(temporary, path)
+            added = size - replaced
             return True
+        except OSError as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            if error.errno in _DECLINED:
+                return False
+            raise
         finally:
-            if not published:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            if size:
-                with self._folder.locked():
-                    self._folder.usage -= size
+            with self._folder.locked():
+                self._folder.on_their_way -= size
+                self._folder.published += added
 
     def _write_file(self, path: str, frame: memoryview) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -156,12 +150,12 @@ class DiskStore(BlockStore):
         if size > self._options.capacity:
             return False
         with self._folder.locked():
-            used = self._folder.usage
-            if used + size > self._options.capacity:
-                used = self._recount(int(self._options.capacity * _KEEP) - size)
-                if used + size > self._options.capacity:
+            coming = self._folder.on_their_way + size
+            if self._folder.published + coming > self._options.capacity:
+                published = self._recount(int(self._options.capacity * _KEEP) - coming)
+                if published + coming > self._options.capacity:
                     return False
-            self._folder.usage = used + size
+            self._folder.on_their_way = coming
             return True
 
     def _recount(self, limit: int) -> int:
@@ -171,7 +165,7 @@ class DiskStore(BlockStore):
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(path)
                 files.append((info.st_mtime_ns, _charged(info.st_size), path))
-        used = sum(size for _, size, _ in files) + self._folder.bytes_on_their_way()
+        used = sum(size for _, size, _ in files)
         if used > limit:
             for _, size, path in sorted(files):
                 if used <= limit:
@@ -179,7 +173,7 @@ class DiskStore(BlockStore):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     used -= size
-        self._folder.usage = used
+        self._folder.published = used
         return used
 
     def _files(self) -> Iterator[str]:

@@ -130,7 +130,7 @@ class PagedCache:
         by_layer = {}
         for group, (layers, window) in enumerate(zip(geometry.layers, geometry.windows, strict=True)):
             for layer in layers:
-                key, value = (torch.full(shape, torch.nan, dtype=geometry.dtype) for _ in range(2))
+                key, value = (torch.empty(shape, dtype=geometry.dtype) for _ in range(2))  # filled when handed out
                 by_layer[layer] = LayerCache(key, value, group, window)
         self.layers = [by_layer[layer] for layer in sorted(by_layer)]
 

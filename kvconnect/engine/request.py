@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Sequence
 
 import msgspec
@@ -87,7 +88,7 @@ class EngineRequest:
         self.request_id = request_id
         self.params = params
         self.num_prompt_tokens = len(prompt)
-        self.tokens = list(prompt)
+        self.tokens = array("I", prompt)  # packed once, on arrival: hashing takes it as it is
         self.chain = BlockChain(block_size, salt=params.cache_salt)
         self.chain.extend(self.tokens)
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
@@ -132,7 +133,7 @@ class EngineRequest:
     @property
     def generated(self) -> list[int]:
         """The tokens generated so far."""
-        return self.tokens[self.num_prompt_tokens :]
+        return self.tokens[self.num_prompt_tokens :].tolist()
 
     def output(self, text: str) -> RequestOutput:
         """Return the result."""

@@ -65,6 +65,7 @@ class BlockIndex:
         self.num_slots = num_slots
         self.num_evicted = 0
         self._groups: list[dict[BlockHash, Entry]] = [{} for _ in range(num_groups)]
+        self._ready: list[set[BlockHash]] = [set() for _ in range(num_groups)]
         self._by_slot: dict[int, Entry] = {}
         self._free = list(range(num_slots - 1, -1, -1))  # popped from the end: low slots first, so runs are contiguous
         self._evictable: OrderedDict[int, Entry] = OrderedDict()  # by slot, least recently used first
@@ -73,6 +74,10 @@ class BlockIndex:
     def group(self, group: int) -> dict[BlockHash, Entry]:
         """Return the blocks of one layer group, by hash; read it only. Not all of them are READY."""
         return self._groups[group]
+
+    def ready(self, group: int) -> set[BlockHash]:
+        """Return the hashes of one layer group's READY blocks; read it only."""
+        return self._ready[group]
 
     def get(self, group: int, block_hash: BlockHash) -> Entry | None:
         """Return the block's entry in whatever state, None if it has no slot."""
@@ -112,6 +117,7 @@ class BlockIndex:
     def commit(self, entry: Entry) -> None:
         """Make the block matchable: its bytes are in the slot on every rank."""
         entry.state = State.READY
+        self._ready[entry.group].add(entry.block_hash)
         if not entry.claims:
             self._evictable[entry.slot] = entry
 
@@ -121,6 +127,7 @@ class BlockIndex:
             return
         if self._groups[entry.group].get(entry.block_hash) is entry:
             del self._groups[entry.group][entry.block_hash]
+            self._ready[entry.group].discard(entry.block_hash)
         entry.state = State.GONE
         self._evictable.pop(entry.slot, None)
         if not entry.claims:
@@ -195,12 +202,17 @@ class BlockIndex:
             known = self._groups[entry.group].get(entry.block_hash) is entry
             assert known == (entry.state is not State.GONE), "a block is found after it went, or lost before"
             assert entry.state is not State.GONE or entry.claims, "a block that went keeps its slot without a claim"
-            evictable = entry.state is State.READY and entry.claims == 0
+            ready = entry.state is State.READY
+            assert known is False or (entry.block_hash in self._ready[entry.group]) == ready, "readiness is wrong"
+            evictable = ready and entry.claims == 0
             assert (self._evictable.get(slot) is entry) == evictable, "a block is wrongly evictable or wrongly not"
         assert set(self._evictable) <= held, "an evictable slot holds nothing"
+        for ready_hashes, group in zip(self._ready, self._groups, strict=True):
+            assert ready_hashes <= set(group), "a block is ready that is not known"
 
     def _forget(self, entry: Entry) -> None:
         del self._groups[entry.group][entry.block_hash]
+        self._ready[entry.group].discard(entry.block_hash)
         entry.state = State.GONE
         self._free_slot(entry)
 

@@ -74,6 +74,8 @@ class StoreLookup:
         self._pending: dict[str, _Pending] = {}
         self._questions = itertools.count()
         self.num_failed = 0
+        self.num_found = 0
+        self.num_missed = 0
         try:
             for number, tier in enumerate(tiers):
                 if "r" in tier.use.mode:
@@ -153,6 +155,8 @@ class StoreLookup:
                         self._presence.add(number, group, block_hash)
                     else:
                         self._presence.discard(number, group, block_hash)
+                self.num_found += sum(flags)
+                self.num_missed += len(flags) - sum(flags)
         elif event.outcome is not Outcome.RETURNED:
             self.num_failed += 1
         if pending is not None and pending.question == question:

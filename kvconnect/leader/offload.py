@@ -7,6 +7,7 @@ path and promoted first, while the engine asks again. Read `get_num_new_matched_
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 from kvconnect.errors import MetadataError, UnsupportedError
 from kvconnect.leader.base import Leader
-from kvconnect.leader.index import BlockIndex, State
+from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.ledger import OpenStep, StepLedger
 from kvconnect.leader.lookup import Presence, StoreLookup
 from kvconnect.leader.promotion import TierTraffic
@@ -254,6 +255,8 @@ class OffloadLeader(Leader):
             "demoted_blocks": traffic.demoted,
             "demote_failures": traffic.not_demoted,
             "lookup_failures": self._lookup.num_failed,
+            "lookup_hits": self._lookup.num_found,
+            "lookup_misses": self._lookup.num_missed,
             "evicted_blocks": self._index.num_evicted,
             "arena": self._index.counts(),
             "requests": len(self._requests),
@@ -293,20 +296,13 @@ class OffloadLeader(Leader):
 
     def _num_ready(self, chain: BlockChain, first: int, limit: int) -> int:
         """Return how many blocks, from the sequence's start, could be at hand if the arena's were loaded."""
-        ready = State.READY
-        if self._windows == (None,):  # one full-attention group: walk until the first miss
-            get = self._index.group(0).get
-            number = first
-            for block_hash in chain.hashes[first:limit]:
-                entry = get(block_hash)
-                if entry is None or entry.state is not ready:
-                    break
-                number += 1
-            return number
+        hashes = itertools.islice(chain.hashes, first, limit)
+        if self._windows == (None,):  # one full-attention group: up to the first miss, without a loop of ours
+            return first + len(list(itertools.takewhile(self._index.ready(0).__contains__, hashes)))
+        known = list(hashes)
         present = [
-            [False] * first
-            + [(entry := get(h)) is not None and entry.state is ready for h in chain.hashes[first:limit]]
-            for get in (self._index.group(g).get for g in range(len(self._groups)))
+            [False] * first + [block_hash in ready for block_hash in known]
+            for ready in (self._index.ready(group) for group in range(len(self._groups)))
         ]
         return longest_match(present, self._block_size, self._windows, first, limit)
 
@@ -324,23 +320,29 @@ class OffloadLeader(Leader):
             )
         if self._lookup.is_pending(state.request_id) or self._traffic.waits(state):
             return True
-        wanted = self._blocks_below(state, chain, first, ready, limit)
-        if wanted:
-            self._traffic.want(state, wanted)
-        return bool(wanted)
+        wanted, coming = self._blocks_below(state, chain, first, ready, limit)
+        if wanted or coming:
+            self._traffic.want(state, wanted, coming)
+        return bool(wanted or coming)
 
     def _blocks_below(
         self, state: RequestState, chain: BlockChain, first: int, ready: int, limit: int
-    ) -> list[tuple[int, int, int]]:
-        """Return (tier, group, ordinal) of the blocks that lie in stores and would make the match longer."""
+    ) -> tuple[list[tuple[int, int, int]], list[Entry]]:
+        """Return what would make the match longer: (tier, group, ordinal) in stores, and entries on their way up.
+
+        The latter are another request's promotions, which serve this one too.
+        """
         sources: list[list[int]] = []  # by group and block: -2 in the arena, -1 nowhere, else the tier
+        coming: dict[tuple[int, int], Entry] = {}
         for group in range(len(self._groups)):
             get = self._index.group(group).get
             row = [-1] * first
             for ordinal in range(first, limit):
                 entry = get(chain.hashes[ordinal])
                 if entry is not None and entry.state is not State.RESERVED:
-                    row.append(-2)  # ready, or on its way up for somebody else
+                    row.append(-2)
+                    if entry.state is State.PROMOTING:
+                        coming[group, ordinal] = entry
                     continue
                 tier = self._traffic.tier_of(group, chain.hashes[ordinal])
                 row.append(-1 if (tier, group, ordinal) in state.tried else tier)
@@ -350,14 +352,17 @@ class OffloadLeader(Leader):
         present = [[source != -1 for source in row] for row in sources]
         best = longest_match(present, self._block_size, self._windows, first, limit)
         if best <= ready:
-            return []
-        return [
-            (sources[group][ordinal], group, ordinal)
+            return [], []
+        needed = [
+            (group, ordinal)
             for ordinal in range(first, best)
             for group, window in enumerate(self._windows)
             if ordinal >= first_needed_block(best * self._block_size, self._block_size, window)
-            and sources[group][ordinal] >= 0
         ]
+        wanted = [
+            (sources[group][ordinal], group, ordinal) for group, ordinal in needed if sources[group][ordinal] >= 0
+        ]
+        return wanted, [coming[place] for place in needed if place in coming]
 
     def _claim_load(self, chain: BlockChain, group: int, ordinal: int, block_id: int) -> PlannedLoad:
         block_hash = chain.hashes[ordinal]

@@ -45,11 +45,19 @@ class TierTraffic:
                 return tier
         return -1
 
-    def want(self, request: RequestState, blocks: Iterable[tuple[int, int, int]]) -> None:
-        """Remember to promote `blocks`, (tier, group, ordinal), for a request that will be asked about again."""
+    def want(self, request: RequestState, blocks: Iterable[tuple[int, int, int]], coming: Iterable[Entry] = ()) -> None:
+        """Remember what a request that will be asked about again waits for.
+
+        Args:
+            request: Whose blocks they are.
+            blocks: To promote in the next plan, (tier, group, ordinal).
+            coming: On their way up already, for another request.
+        """
         request.wanted = list(blocks)
         request.tried.update(request.wanted)
-        self._wanting[request.request_id] = request
+        request.promoting.update(coming)
+        if request.wanted:
+            self._wanting[request.request_id] = request
         if not request.give_up_at:
             request.give_up_at = time.monotonic() + self._patience_s
 

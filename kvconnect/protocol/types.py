@@ -49,8 +49,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: Unique among the engine's living requests.
-        tokens: All tokens known now, the prompt and what was decoded and accepted. The engine's own list: valid
-            during the call, not to be changed or kept.
+        tokens: All tokens known now, the prompt and what was decoded and accepted. The engine's own sequence: valid
+            during the call, not to be changed or kept. An ``array("I")`` is hashed without a conversion.
         num_prompt_tokens: How many of them are the prompt.
         cache_salt: Keeps callers apart; None for none.
         adapter: Content digest of the adapter (LoRA) in use, None for none.

@@ -1,4 +1,4 @@
-"""The index against a model of it: whatever is done in whatever order, no slot is lost, shared, or freed while claimed."""
+"""The index against a model of it: in whatever order, no slot is lost, shared, or freed while claimed."""
 
 from collections.abc import Callable
 

@@ -269,7 +269,9 @@ def test_block_is_saved_once() -> None:
     assert len(script.save("c", [*TOKENS, 1, 2, 3, 4]).saves) == 1
 
 
-@pytest.mark.parametrize(("cache", "saves", "loads"), [("both", 3, 12), ("read", 0, 12), ("write", 3, 0), ("none", 0, 0)])
+@pytest.mark.parametrize(
+    ("cache", "saves", "loads"), [("both", 3, 12), ("read", 0, 12), ("write", 3, 0), ("none", 0, 0)]
+)
 def test_request_says_what_it_may_do(cache: str, saves: int, loads: int) -> None:
     script = Script(slots=16)
     view = script.arrive("a", range(300, 312), cache=cache)
@@ -396,7 +398,11 @@ def test_reset_cache_matches_nothing_from_before() -> None:
 
 @pytest.mark.parametrize(
     ("slots_by_rank", "windows", "why"),
-    [([8], [(0,), (0,)], "1 of 2 ranks"), ([8, 0], [(0,), (0,)], "smaller than one block"), ([8, 8], [(0,), (5,)], "disagree")],
+    [
+        ([8], [(0,), (0,)], "1 of 2 ranks"),
+        ([8, 0], [(0,), (0,)], "smaller than one block"),
+        ([8, 8], [(0,), (5,)], "disagree"),
+    ],
 )
 def test_ranks_that_do_not_agree_turn_the_leader_off_with_the_reason(
     slots_by_rank: list[int], windows: list[tuple[int, ...]], why: str
@@ -592,3 +598,26 @@ def test_reports_about_slots_that_were_never_given_change_nothing() -> None:
     script.report(script.plan(), promoted=odd, not_promoted=odd, released=odd, demoted=pack_ints([0, 1, 9, 9]))
     script.leader._check_integrity()
     assert script.counts() == before
+
+
+def test_request_waits_for_blocks_that_another_is_bringing_up() -> None:
+    store = dict_store()
+    script = Script(tiers=[tier(store)])
+    store.frames.update(dict.fromkeys(saved_keys(script, script.save("a", TOKENS)), b""))
+    fresh = Script(tiers=[tier(store)])
+    first, second = fresh.arrive("b", [*TOKENS, 1]), fresh.arrive("c", [*TOKENS, 2])
+    deadline = time.monotonic() + 10
+    plan = fresh.plan()
+    while not len(plan.promotes):
+        assert time.monotonic() < deadline
+        fresh.report(plan)
+        assert fresh.ask(first) == ASK_AGAIN
+        plan = fresh.plan()
+        time.sleep(0.001)
+    while fresh.leader._lookup.num_pending or not fresh.leader._requests["c"].looked_up:
+        assert time.monotonic() < deadline
+        assert fresh.ask(second) == ASK_AGAIN
+        fresh.leader._lookup.poll()
+    assert fresh.ask(second) == ASK_AGAIN  # nothing is left to promote for it, and it must not compute what is coming
+    fresh.report(plan, promoted=pack_ints(slots(plan.promotes.unpack())))
+    assert fresh.ask(first) == fresh.ask(second) == Match(12, False)

@@ -1,5 +1,6 @@
 """Keys: the prefix law, and that every process and machine gives the same bytes."""
 
+import itertools
 import json
 import random
 import subprocess
@@ -70,7 +71,7 @@ def test_other_process_gives_the_same_hashes() -> None:
 def test_extending_in_pieces_equals_extending_at_once(tokens: list[int], cuts: list[int]) -> None:
     pieces = BlockChain(4)
     edges = sorted({0, len(tokens), *(cut for cut in cuts if cut < len(tokens))})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         piece = tokens[start:end]
         pieces.extend(array("I", piece) if start % 2 else piece)
     assert pieces.hashes == chain(tokens)
@@ -147,7 +148,7 @@ def test_no_two_of_many_random_blocks_collide() -> None:
     seen = set()
     for _ in range(2000):
         seen.update(chain([rng.randrange(3) for _ in range(24)], 4))
-    prefixes = set()
+    prefixes: set[tuple[int, ...]] = set()
     rng = random.Random(7)
     for _ in range(2000):
         tokens = [rng.randrange(3) for _ in range(24)]

@@ -13,7 +13,9 @@ from kvconnect.protocol import KVCacheLayout, LayerGroup, Region, first_needed_b
 NHD = ("token", "head", "dim")
 
 
-def per_layer(axes: tuple[str, ...] = NHD, heads: int = 2, dtype: Any = torch.float32, layers: int = 2) -> KVCacheLayout:
+def per_layer(
+    axes: tuple[str, ...] = NHD, heads: int = 2, dtype: Any = torch.float32, layers: int = 2
+) -> KVCacheLayout:
     sizes = {"token": 4, "head": heads, "dim": 8}
     regions = tuple(
         Region(tensor=torch.zeros(3, *(sizes[a] for a in axes), dtype=dtype), axes=axes, layers=(i,), roles=(role,))
@@ -56,7 +58,9 @@ def test_keys_and_values_in_different_orders_are_named_by_role() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [per_layer(dtype=torch.bfloat16), per_layer(heads=4), per_layer(layers=3)], ids=["dtype", "heads", "layers"]
+    "other",
+    [per_layer(dtype=torch.bfloat16), per_layer(heads=4), per_layer(layers=3)],
+    ids=["dtype", "heads", "layers"],
 )
 def test_other_dtype_heads_or_layers_is_another_fingerprint(other: KVCacheLayout) -> None:
     assert other.fingerprint(0) != per_layer().fingerprint(0)

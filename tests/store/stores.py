@@ -53,7 +53,9 @@ def dict_store(**members: Any) -> type[DictStore]:
     return type("TestStore", (DictStore,), {"frames": {}, **members})
 
 
-def tier(store: type[BlockStore], *, name: str = "test", timeout_s: float = 5.0, options: Any = None, **use: Any) -> Tier:
+def tier(
+    store: type[BlockStore], *, name: str = "test", timeout_s: float = 5.0, options: Any = None, **use: Any
+) -> Tier:
     """Return a tier over a store class."""
     return Tier(
         name=name,

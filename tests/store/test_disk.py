@@ -1,4 +1,4 @@
-"""The disk store: whole files or none, one folder for many processes, a bound that is kept, and a folder that is its own."""
+"""The disk store: whole files or none, one folder for many processes, a bound that is kept, a folder of its own."""
 
 import multiprocessing
 import os
@@ -165,7 +165,12 @@ def test_litter_of_the_dead_goes_and_that_of_the_living_stays(path: Path) -> Non
 
 @pytest.mark.parametrize(
     "marker",
-    ['{"format":"kvconnect-disk","version":2}', '{"format":"other","version":1}', "{torn", '{"format":"kvconnect-disk"}'],
+    [
+        '{"format":"kvconnect-disk","version":2}',
+        '{"format":"other","version":1}',
+        "{torn",
+        '{"format":"kvconnect-disk"}',
+    ],
 )
 def test_unknown_format_is_refused_and_nothing_is_touched(path: Path, marker: str) -> None:
     store = open_store(path)
@@ -215,11 +220,11 @@ def test_full_medium_declines_and_recovers(tmp_path: Path) -> None:
     store = open_store(tmp_path / "kv")
     store._write_file = _no_space  # type: ignore[method-assign]  # no small file system can be mounted everywhere
     assert list(store.write([key(1)], [frame(1)])) == [False]
-    del store._write_file  # type: ignore[method-assign]
+    del store._write_file
     assert list(store.contains([key(1)])) == [False]
     assert list(store.write([key(1)], [frame(1)])) == [True]
     with store._folder.locked():
-        assert store._folder.usage == used(tmp_path / "kv")
+        assert (store._folder.published, store._folder.on_their_way) == (used(tmp_path / "kv"), 0)
     store.close()
 
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,10 @@ from kvconnect.errors import ConfigError, StoreUnavailable
 from kvconnect.store import BlockStore, CallEvent, Outcome, StoreThreads
 from kvconnect.store.threads import LOOKUP, READ, WRITE
 from tests.store.stores import dict_store, tier
+
+
+def append(to: list[Any], what: object, store: BlockStore) -> None:
+    to.append(what)
 
 
 def wait(threads: StoreThreads, done: Callable[[list[CallEvent]], bool]) -> list[CallEvent]:
@@ -81,7 +86,7 @@ def test_one_thread_opens_calls_and_closes_a_store_with_concurrency_one() -> Non
 
     threads = StoreThreads(tier(dict_store(close=close)), "test")
     for number in range(20):
-        threads.submit(number, WRITE, lambda store: (store.thread, threading.get_ident()))
+        threads.submit(number, WRITE, lambda store: (getattr(store, "thread"), threading.get_ident()))  # noqa: B009
     events = wait(threads, lambda events: len(events) == 20)
     assert threads.close()
     assert {ident for event in events for ident in event.result} == set(seen)
@@ -90,11 +95,12 @@ def test_one_thread_opens_calls_and_closes_a_store_with_concurrency_one() -> Non
 
 
 def test_what_requests_wait_for_goes_first() -> None:
-    gate, order = threading.Event(), []
+    gate = threading.Event()
+    order: list[str] = []
     threads = StoreThreads(tier(dict_store()), "test")
     threads.submit("first", READ, lambda store: gate.wait(10))
     for tag, priority in (("write", WRITE), ("read", READ), ("lookup", LOOKUP)):
-        threads.submit(tag, priority, lambda store, tag=tag: order.append(tag))
+        threads.submit(tag, priority, partial(append, order, tag))
     gate.set()
     wait(threads, lambda events: len(events) == 4)
     assert order == ["lookup", "read", "write"]
@@ -102,10 +108,11 @@ def test_what_requests_wait_for_goes_first() -> None:
 
 
 def test_close_runs_what_is_queued_first_and_leaves_hung_threads_behind() -> None:
-    done, gate = [], threading.Event()
+    gate = threading.Event()
+    done: list[int] = []
     threads = StoreThreads(tier(dict_store()), "test")
     for number in range(5):
-        threads.submit(number, WRITE, lambda store, number=number: done.append(number))
+        threads.submit(number, WRITE, partial(append, done, number))
     assert threads.close()
     assert done == list(range(5))
     hung = StoreThreads(tier(dict_store()), "test")

@@ -1,4 +1,4 @@
-"""Writes the golden vectors from the formats' definitions alone: hashlib, struct and msgpack bytes by hand, nothing of ours.
+"""Writes the golden vectors from the formats' definitions: hashlib, struct and msgpack bytes by hand, nothing of ours.
 
 Run it only when a format changes, and then change the format's version: python tests/vectors/make.py
 """
@@ -42,12 +42,12 @@ def chain(tokens, size, salt=None, adapter=None, media=(), secret=b"", epoch=b""
 def namespace(**fields):
     names = ["kv_dtype", "kv_scales", "model", "quantization", "rope", "weights_version"]
     size = fields.pop("block_size")
-    values = [(name, fields.get(name, "").encode()) for name in names] + [("block_size", str(size).encode())]
+    values = [*((name, fields.get(name, "").encode()) for name in names), ("block_size", str(size).encode())]
     return blake(framed(values), "kvconnect-space1").hex()
 
 
 def main():
-    tokens = list(range(100, 140)) + [2**32 - 1, 0, 7, 8, 9, 10, 11, 12]
+    tokens = [*range(100, 140), 2**32 - 1, 0, 7, 8, 9, 10, 11, 12]
     media = [(b"\x01" * 32, 5, 6), (b"\x02" * 16, 14, 20)]
     cases = [
         {"block_size": 16},
@@ -76,7 +76,14 @@ def main():
         {"model": "id:m", "kv_dtype": "bfloat16", "block_size": 16},
         {"model": "id:m", "kv_dtype": "float32", "block_size": 32},
         {"model": "id:m", "kv_dtype": "float32", "rope": '{"rope_theta": 10000.0}', "block_size": 16},
-        {"model": "id:m", "kv_dtype": "float32", "quantization": "awq", "kv_scales": "s", "weights_version": "2", "block_size": 16},
+        {
+            "model": "id:m",
+            "kv_dtype": "float32",
+            "quantization": "awq",
+            "kv_scales": "s",
+            "weights_version": "2",
+            "block_size": 16,
+        },
     ]
     key = struct.pack(">32s32sII", b"n" * 32, b"h" * 32, 1, 0xDEADBEEF)
     out = {
@@ -87,7 +94,9 @@ def main():
     }
     (HERE / "keys.json").write_text(json.dumps(out, indent=1) + "\n")
 
-    moves = b"".join([b"\x92", b"\xc4\x40" + b"a" * 32 + b"b" * 32, b"\xc4\x28" + struct.pack("<10i", 0, 1, 3, 4, 5, 6, 0, 0, 7, 8)])
+    moves = b"".join(
+        [b"\x92", b"\xc4\x40" + b"a" * 32 + b"b" * 32, b"\xc4\x28" + struct.pack("<10i", 0, 1, 3, 4, 5, 6, 0, 0, 7, 8)]
+    )
     none = b"\x92\xc4\x00\xc4\x00"
     plan = b"KVP\x01" + b"\x98" + b"\x2a" + b"\x91\xa2r1" + moves + none * 5
     ints = b"\xc4\x04" + struct.pack("<i", 5)
