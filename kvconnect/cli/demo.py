@@ -181,6 +181,8 @@ def _summarize(results: dict[str, list[dict[str, Any]]], options: DemoOptions, c
     size = options.block_size
     full = sum(entry["prompt_tokens"] // size for entry in warm)
     found = sum((entry["loaded_tokens"] + entry["reused_tokens"]) // size for entry in warm)
+    # a URL's query and credentials may hold secrets; the name is enough for a report
+    shown = [url.split(":")[0] + "://" for url in connector] if options.connector else ["disk:// in a temporary folder"]
     return {
         "cold": _totals(cold),
         "warm": _totals(warm),
@@ -190,7 +192,7 @@ def _summarize(results: dict[str, list[dict[str, Any]]], options: DemoOptions, c
         "prompts": len(cold),
         "full_blocks": full,
         "warm_blocks_loaded_or_reused": found,
-        "connector": [url.split("?")[0] for url in connector],
+        "connector": shown,
         "model": options.model or "embedded tiny Llama",
         "failures": warm[-1]["failures"],
     }
@@ -204,7 +206,9 @@ def _totals(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _print_table(result: dict[str, Any]) -> None:
     console = Console()
-    table = Table(title=f"{result['prompts']} prompts, {result['model']}, {' + '.join(result['connector'])}")
+    table = Table(
+        title=f"{result['prompts']} prompts, {result['model']}, {' + '.join(result['connector'])}", title_justify="left"
+    )
     for name in ("process", "prompt tokens", "computed", "reused", "loaded", "median TTFT"):
         table.add_column(name, justify="left" if name == "process" else "right")
     for phase in ("cold", "warm"):
@@ -212,11 +216,13 @@ def _print_table(result: dict[str, Any]) -> None:
         table.add_row(phase, *(f"{row[name]:,}" for name in _COUNTS), f"{row['ttft_s'] * 1000:.1f} ms")
     console.print(table)
     equal = {True: "equal", False: "DIFFERENT"}
-    console.print(f"outputs of cold and warm process: {equal[result['outputs_equal']]}")
-    console.print(f"both against model.generate():    {equal[result['reference_equal']]}")
-    console.print(f"ties of the reference excused:    {result['excused']}")
+    console.print(
+        f"outputs: cold and warm {equal[result['outputs_equal']]}, against model.generate() "
+        f"{equal[result['reference_equal']]}, ties excused: {result['excused']}",
+        highlight=False,
+    )
     blocks, full = result["warm_blocks_loaded_or_reused"], result["full_blocks"]
-    console.print(f"full blocks the warm process did not compute: {blocks} of {full}")
+    console.print(f"the warm process computed {full - blocks} of the prompts' {full} full blocks", highlight=False)
     for kind, count in result["failures"].items():
         console.print(f"failures counted in the warm process: {kind}: {count}", style="yellow")
     if not result["warm"]["loaded_tokens"]:
