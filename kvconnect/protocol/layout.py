@@ -134,6 +134,26 @@ class KVCacheLayout(msgspec.Struct, frozen=True, kw_only=True):
             if found != size:
                 raise LayoutMismatch(f"{where}: axis {axis!r} has {found} entries, expected {size}")
 
+    def in_memory_order(self) -> KVCacheLayout:
+        """Return the same cache with each region's axes in the order in which they lie in memory.
+
+        A block that is dense in memory is then dense as described, whatever view of it the engine registered, and can
+        be copied in one piece.
+        """
+        groups = []
+        for group in self.groups:
+            regions = []
+            for region in group.regions:
+                strides = region.tensor.stride()[1:]
+                by_stride = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+                if not region.opaque and by_stride != list(range(len(strides))):
+                    axes = tuple(region.axes[axis] for axis in by_stride)
+                    tensor = region.tensor.permute(0, *(axis + 1 for axis in by_stride))
+                    region = msgspec.structs.replace(region, tensor=tensor, axes=axes)
+                regions.append(region)
+            groups.append(msgspec.structs.replace(group, regions=tuple(regions)))
+        return msgspec.structs.replace(self, groups=tuple(groups))
+
     def shard(self, group: int) -> int:
         """Return the digest (u32) of which part of a block of `group` this rank holds: layers and KV heads.
 

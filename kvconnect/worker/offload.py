@@ -117,7 +117,7 @@ class OffloadWorker(Worker):
             ConfigError: If the arena does not fit, or a store cannot work as configured.
         """
         layout.check()
-        self._layout = layout
+        self._layout = layout = layout.in_memory_order()
         payload = max(group.payload_bytes for group in layout.groups)
         on_gpu = any(region.tensor.device.type == "cuda" for group in layout.groups for region in group.regions)
         self._arena = Arena(self._capacity, payload, pinned=on_gpu)

@@ -66,6 +66,19 @@ def test_other_dtype_heads_or_layers_is_another_fingerprint(other: KVCacheLayout
     assert other.fingerprint(0) != per_layer().fingerprint(0)
 
 
+def test_view_is_described_as_it_lies_in_memory() -> None:
+    seen = torch.zeros(3, 4, 2, 8).transpose(1, 2)  # registered with heads first, stored with tokens first
+    region = Region(tensor=seen, axes=("head", "token", "dim"), layers=(0,), roles=("key",))
+    group = LayerGroup(block_size=4, layers=(0,), regions=(region,))
+    layout = KVCacheLayout(groups=(group,), heads=(0, 2), total_heads=2)
+    dense = layout.in_memory_order()
+    dense.check()
+    assert dense.groups[0].regions[0].axes == NHD
+    assert dense.groups[0].regions[0].tensor[0].is_contiguous()
+    assert dense.groups[0].regions[0].tensor.data_ptr() == seen.data_ptr()
+    assert dense.fingerprint(0) == layout.fingerprint(0)
+
+
 def test_shard_is_what_a_rank_holds_not_its_number() -> None:
     tensors = per_layer(heads=2).groups
     halves = [KVCacheLayout(groups=tensors, heads=heads, total_heads=4) for heads in ((0, 2), (2, 4), (0, 2))]

@@ -109,6 +109,7 @@ def padded(dtype: Any) -> KVCacheLayout:
 
 
 LAYOUTS = {
+    "a view, dense below": lambda dtype: per_layer(("dim", "head", "token"), dtype).in_memory_order(),
     "a tensor a layer": lambda dtype: per_layer(INNER, dtype),
     "heads before tokens": lambda dtype: per_layer(("head", "token", "dim"), dtype),
     "keys transposed": lambda dtype: per_layer(
