@@ -50,9 +50,7 @@ def main() -> None:
             target[row] = source[row]
 
     print(f"{BLOCKS} blocks of {size >> 20} MiB")
-    print(
-        f"{'layout':18} {'threads':>7} {'memcpy':>11} {'gather':>11} {'scatter':>11} {'gather/memcpy':>14} {'scatter/memcpy':>15}"
-    )
+    print(print(f"{'layout':14} threads {'memcpy':>11} {'gather':>11} {'scatter':>11}  gather/memcpy  scatter/memcpy"))
     for name in AXES:
         for threads in (1, 2):
             with ThreadPoolExecutor(1) as pool:
