@@ -83,7 +83,8 @@ def main() -> None:
             rate = {kind: BLOCKS * size / statistics.median(seconds) / 1e9 for kind, seconds in times.items()}
             print(
                 f"{name:14} {threads:7} {rate['memcpy']:6.2f} GB/s {rate['gather']:6.2f} GB/s "
-                f"{rate['scatter']:6.2f} GB/s  {rate['gather'] / rate['memcpy']:13.2f}  {rate['scatter'] / rate['memcpy']:14.2f}"
+                f"{rate['scatter']:6.2f} GB/s  {rate['gather'] / rate['memcpy']:13.2f}  "
+                f"{rate['scatter'] / rate['memcpy']:14.2f}"
             )
 
 

@@ -83,12 +83,15 @@ class _Driver:
 class LeaderDriver(_Driver):
     """The scheduler's side. One thread calls it."""
 
-    def __init__(self, leader: LeaderHooks, *, block_size: int, wrappers: Sequence[object] = ()) -> None:
+    def __init__(
+        self, leader: LeaderHooks, *, block_size: int, async_load: bool = False, wrappers: Sequence[object] = ()
+    ) -> None:
         """Bind the leader's hooks.
 
         Args:
             leader: The implementation.
             block_size: Tokens a block, against which answers are checked.
+            async_load: Whether the engine can park a request; if not, an offer of that kind breaks the rules.
             wrappers: Observers.
 
         Raises:
@@ -96,6 +99,7 @@ class LeaderDriver(_Driver):
         """
         super().__init__("leader", bind_hooks(LeaderHooks, leader, wrappers))
         self._block_size = block_size
+        self._async_load = async_load
 
     def set_handshake_metadata(self, per_rank: Sequence[bytes]) -> None:
         """Hand over what each rank said."""
@@ -122,15 +126,22 @@ class LeaderDriver(_Driver):
             return f"Match({count}, True): nothing cannot be loaded asynchronously" if load_async else ""
         if not isinstance(count, int) or count < 0 or count % self._block_size:
             return f"offered {count!r} tokens, not whole blocks of {self._block_size}"
+        if load_async and not self._async_load:
+            return "offered an asynchronous load to an engine that cannot park requests"
         if num_computed_tokens + count >= len(request.tokens):
             return f"offered {count} tokens on top of {num_computed_tokens}, of {len(request.tokens)}: none is left"
         return ""
 
     def update_state_after_alloc(
         self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
-    ) -> None:
-        """Tell of an allocation."""
-        self._call("update_state_after_alloc", None, request, block_ids, num_external_tokens)
+    ) -> bool:
+        """Tell of an allocation.
+
+        Returns:
+            False if the leader failed: then nothing will be loaded, and the engine computes these tokens.
+        """
+        failed = object()
+        return self._call("update_state_after_alloc", failed, request, block_ids, num_external_tokens) is not failed
 
     def cancel_load(self, request: RequestView, start: int, end: int) -> None:
         """Tell that offered tokens will not be used."""
@@ -180,6 +191,7 @@ class WorkerDriver(_Driver):
             PluginError: If the worker does not follow the protocol.
         """
         super().__init__("worker", bind_hooks(WorkerHooks, worker, wrappers))
+        self._num_groups = 0
         self._rank = rank
         self._bound = False
         self._broken = ""
@@ -192,6 +204,7 @@ class WorkerDriver(_Driver):
         Raises:
             KVConnectError: Whatever the worker raised; the engine does not start.
         """
+        self._num_groups = len(layout.groups)
         try:
             self._hooks["register_kv_caches"](layout)
         except KVConnectError:
@@ -257,16 +270,22 @@ class WorkerDriver(_Driver):
         """Return the pages that were not loaded, by group; None if no load of this step can be trusted."""
         if self._broken:
             return None
-        pages = self._call("get_block_ids_with_load_errors", None)
-        if not isinstance(pages, list) or not all(isinstance(group, set) for group in pages):
-            self._step_failed("get_block_ids_with_load_errors", f"returned {type(pages).__name__}")
+        pages: list[set[int]] | None = self._call("get_block_ids_with_load_errors", None)
+        if pages == [] and self._num_groups:  # a worker that keeps no layout of its own
+            return [set() for _ in range(self._num_groups)]
+        shaped = isinstance(pages, list) and len(pages) == self._num_groups and all(isinstance(g, set) for g in pages)
+        if not shaped:
+            self._step_failed("get_block_ids_with_load_errors", f"returned {pages!r}, not {self._num_groups} sets")
             return None
         return pages
 
     def build_worker_report(self) -> bytes:
-        """Return the step's report; empty if there is none to be trusted, marked if one of the step's hooks failed."""
-        if not self._bound:
-            return b""
+        """Return the step's report, marked if one of its hooks failed; empty if there is none that can be read.
+
+        Step -1 means that the plan never reached the worker.
+        """
+        if not self._bound:  # nothing of the plan was started
+            return Report(step=-1, rank=self._rank, error=self._broken).encode()
         report = self._call("build_worker_report", b"")
         if not isinstance(report, bytes):
             self._failed("build_worker_report", f"returned {type(report).__name__}, not bytes")
@@ -277,6 +296,10 @@ class WorkerDriver(_Driver):
             return msgspec.structs.replace(Report.decode(report), error=self._broken).encode()
         except MetadataError:  # a format of its own: the leader is told nothing rather than half
             return b""
+
+    def fail_step(self, why: str) -> None:
+        """Say that nothing of this step can be trusted: its loads count as failed, and nothing of it is committed."""
+        self._step_failed("step", why)
 
     def _step_call(self, name: str, *args: Any) -> None:
         started = time.perf_counter()
@@ -317,7 +340,7 @@ def open_leader(
     context = LeaderContext(namespace=namespace, engine=engine, num_ranks=num_ranks, tiers=resolved.tiers)
     wrappers = (registry or load_registry()).load_wrappers("leader")
     leader = resolved.connector.make_leader(resolved.options, context)
-    return LeaderDriver(leader, block_size=block_size, wrappers=wrappers)
+    return LeaderDriver(leader, block_size=block_size, async_load=engine.async_load, wrappers=wrappers)
 
 
 def open_worker(

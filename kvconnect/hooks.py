@@ -67,6 +67,14 @@ def bind_hooks(specs: type, implementation: object, wrappers: Sequence[object] =
         manager.check_pending()
     except pluggy.PluginValidationError as error:
         raise PluginError(str(error)) from error
+    for wrapper in wrappers:
+        for caller in manager.get_hookcallers(wrapper) or ():
+            mine = [impl for impl in caller.get_hookimpls() if impl.plugin is wrapper]
+            if not all(impl.wrapper or impl.hookwrapper for impl in mine):
+                raise PluginError(
+                    f"{type(wrapper).__name__}.{caller.name} would answer instead of {owner}; observers carry "
+                    "@hookimpl(wrapper=True)"
+                )
     wrapped = {caller.name for wrapper in wrappers for caller in manager.get_hookcallers(wrapper) or ()}
     return {name: _bind(manager, specs, implementation, name, direct=name not in wrapped) for name in names}
 

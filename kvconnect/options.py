@@ -198,8 +198,11 @@ def _parse_url(url: str) -> ConnectorSpec:
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"connector URL cannot be read: {error}") from error
+    except ValueError:  # its message quotes the URL, and that may hold a password
+        name = url.split(":", 1)[0]
+        raise ConfigError(
+            f"the connector URL that begins with {name!r} cannot be read; percent-encode '/', '?' and '#' in passwords"
+        ) from None
     name = _checked_name(parts.scheme or url.split(":", 1)[0])
     options: dict[str, Any] = {}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):

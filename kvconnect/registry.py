@@ -259,7 +259,14 @@ def load_registry(environ: Mapping[str, str] | None = None) -> Registry:
             raise PluginError(f"plugin {name!r} of {owner}: {error}") from error
         versions[name] = (owner, version)
     for impl in manager.hook.kvconnect_register.get_hookimpls():
-        impl.function(registry=Registrar(registry, *versions[impl.plugin_name]))
+        owner, version = versions[impl.plugin_name]
+        try:
+            impl.function(registry=Registrar(registry, owner, version))
+        except PluginError:  # a conflict that only the user can settle
+            raise
+        except Exception as error:
+            registry.broken[impl.plugin_name] = f"{type(error).__name__}: {error}"
+            logger.warning("kvconnect plugin %r of %s cannot register: %s", impl.plugin_name, owner, error)
     return registry
 
 

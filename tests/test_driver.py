@@ -76,7 +76,7 @@ def test_worker_whose_every_hook_raises_fails_its_loads_and_reports_nothing() ->
     driver.wait_for_save()
     assert driver.get_finished(frozenset()) == Finished(frozenset(), frozenset(), frozenset())
     assert driver.get_block_ids_with_load_errors() is None
-    assert driver.build_worker_report() == b""
+    assert Report.decode(driver.build_worker_report()).step == -1
     driver.shutdown()
 
 
@@ -102,7 +102,7 @@ def test_step_without_a_plan_calls_no_worker_hook() -> None:
     driver.start_load_kv()
     driver.wait_for_save()
     assert driver.get_block_ids_with_load_errors() is None
-    assert driver.build_worker_report() == b""
+    assert Report.decode(driver.build_worker_report()) == Report(step=-1, rank=0, error="no plan")
     assert driver.get_stats()["hooks"]["failures"] == {}
 
 
@@ -121,6 +121,7 @@ def boom_named(name: str) -> Any:
         Match(-4, False),
         Match(6, False),
         Match(20, False),
+        Match(8, True),
         ("8", False),
     ],
     ids=str,
@@ -139,7 +140,9 @@ def test_answer_that_keeps_the_rules_passes(answer: Match) -> None:
     def ask(self: Any, request: Any, num_computed_tokens: Any) -> Any:
         return answer
 
-    assert leader_driver(get_num_new_matched_tokens=ask).get_num_new_matched_tokens(VIEW, 0) == answer
+    leader = type("Half", (Leader,), {"get_num_new_matched_tokens": ask})()
+    driver = LeaderDriver(leader, block_size=4, async_load=True)
+    assert driver.get_num_new_matched_tokens(VIEW, 0) == answer
 
 
 def test_public_method_that_is_no_hook_is_refused_with_the_nearest() -> None:
@@ -199,6 +202,25 @@ def test_wrapper_sees_calls_and_results() -> None:
     driver = LeaderDriver(Offers(), block_size=4, wrappers=[Watch()])
     assert driver.get_num_new_matched_tokens(VIEW, 4) == Match(8, False)
     assert seen == [("a", 4, Match(8, False))]
+
+
+def test_observer_that_would_answer_is_refused() -> None:
+    class Usurper:
+        @hookimpl
+        def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: Any) -> Any:
+            return Match(16, False)
+
+    with pytest.raises(PluginError, match="would answer instead of Leader"):
+        LeaderDriver(Leader(), block_size=4, wrappers=[Usurper()])
+
+
+def test_wrong_number_of_groups_fails_the_steps_loads() -> None:
+    def get_block_ids_with_load_errors(self: Any) -> Any:
+        return [set(), set(), set()]
+
+    driver = worker_driver(get_block_ids_with_load_errors=get_block_ids_with_load_errors)
+    driver.bind(META)
+    assert driver.get_block_ids_with_load_errors() is None
 
 
 def test_connector_that_does_not_fit_is_refused_with_the_reason() -> None:

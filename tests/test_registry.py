@@ -90,6 +90,20 @@ def test_plugin_that_cannot_be_imported_is_left_out_and_named(plugin: Any) -> No
         registry.load("whatever")
 
 
+def test_plugin_that_cannot_register_is_left_out_and_named(plugin: Any) -> None:
+    registry = load_registry(plugin("clumsy", register("raise RuntimeError('oops')")))
+    assert registry.load("disk") is DiskStore
+    assert registry.broken == {"clumsy": "RuntimeError: oops"}
+
+
+def test_password_in_a_url_that_cannot_be_read_is_not_shown() -> None:
+    with pytest.raises(ConfigError, match="begins with 'redis'") as error:
+        parse_specs("redis://:s3cr/et@host")
+    assert "s3cr" not in str(error.value)
+    assert error.value.__cause__ is None
+    assert error.value.__suppress_context__
+
+
 def test_unknown_name_lists_known_ones_and_where_to_get_it(registry: Registry) -> None:
     with pytest.raises(
         UnknownConnector, match=r"unknown connector 'dsik'; installed: .*disk.*did you mean 'disk'"

@@ -5,6 +5,7 @@
     <root>/usage                 bytes published and bytes on their way, 8 bytes little-endian each, under the lock
     <root>/blocks/<hh>/<key>     one file a block; <key> is the block key in hex, <hh> the hash's first byte
     <root>/tmp/<random>/         one folder a living process, its `lock` held; files move from here to blocks/
+    <root>/tmp/<random>/lock     holds what that process has booked, 8 bytes little-endian
 
 A process that died leaves a tmp folder whose lock can be taken; the next start removes it. Nothing else is ever deleted
 that this store did not write.
@@ -64,13 +65,13 @@ class StoreFolder:
                     self._refuse_foreign()
                     self._make()
                 self._check_marker()
-                alone = self._remove_litter()
                 self.tmp = root / "tmp" / secrets.token_hex(8)
                 self.tmp.mkdir(mode=0o700)
                 self._tmp_fd = _try_lock(self.tmp / "lock")
+                self._booked = 0
                 self._usage_fd = os.open(root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                if alone:  # nobody else lives: what is still booked as on its way died with its owner
-                    self.on_their_way = 0
+                if self.remove_litter():  # nobody else lives: nothing is on its way
+                    self._write_usage(8, 0)
         except OSError as error:
             raise ConfigError(f"disk store cannot use {os.fspath(root)!r}: {error}") from error
 
@@ -98,9 +99,11 @@ class StoreFolder:
         """Bytes that everybody has been given room for and has not published yet. Under the lock."""
         return self._read_usage(8)
 
-    @on_their_way.setter
-    def on_their_way(self, value: int) -> None:
-        self._write_usage(8, value)
+    def book(self, size: int) -> None:
+        """Add `size` (negative to take back) to what this process has on its way. Under the lock."""
+        self._booked += size
+        os.pwrite(self._tmp_fd, self._booked.to_bytes(8, "little"), 0)
+        self._write_usage(8, self.on_their_way + size)
 
     def _read_usage(self, offset: int) -> int:
         return int.from_bytes(os.pread(self._usage_fd, 8, offset), "little")
@@ -112,7 +115,9 @@ class StoreFolder:
         """Remove this process's temporary folder and let the locks go; twice is fine."""
         if self._lock_fd < 0:
             return
-        shutil.rmtree(self.tmp, ignore_errors=True)
+        with self.locked():  # a newcomer must not look for litter in a folder that is half gone
+            self.book(-self._booked)
+            shutil.rmtree(self.tmp, ignore_errors=True)
         for fd in (self._tmp_fd, self._usage_fd, self._lock_fd):
             os.close(fd)
         self._lock_fd = -1
@@ -145,20 +150,23 @@ class StoreFolder:
                 f"writes version {FORMAT_VERSION}; nothing was touched: use another folder, or the version that made it"
             )
 
-    def _remove_litter(self) -> bool:
-        """Remove the temporary folders whose owner is gone: their lock can be taken. Under the lock.
+    def remove_litter(self) -> bool:
+        """Remove the temporary folders whose owner is gone, and what they had booked. Under the lock.
 
         Returns:
             Whether no other process is left.
         """
         alone = True
-        for entry in os.scandir(self.root / "tmp"):
+        for entry in list(os.scandir(self.root / "tmp")):
+            if entry.path == os.fspath(self.tmp) or not entry.is_dir(follow_symlinks=False):
+                continue
             fd = _try_lock(Path(entry.path) / "lock")
-            if fd >= 0:
-                shutil.rmtree(entry.path, ignore_errors=True)
-                os.close(fd)
-            else:
+            if fd < 0:
                 alone = False
+                continue
+            self._write_usage(8, self.on_their_way - int.from_bytes(os.pread(fd, 8, 0), "little"))
+            shutil.rmtree(entry.path, ignore_errors=True)
+            os.close(fd)
         return alone
 
 

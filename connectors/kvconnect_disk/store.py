@@ -131,7 +131,7 @@ class DiskStore(BlockStore):
             raise
         finally:
             with self._folder.locked():
-                self._folder.on_their_way -= size
+                self._folder.book(-size)
                 self._folder.published += added
 
     def _write_file(self, path: str, frame: memoryview) -> None:
@@ -147,15 +147,13 @@ class DiskStore(BlockStore):
 
     def _take_room(self, size: int) -> bool:
         """Account for `size` more bytes, evicting if they do not fit; False if they never will."""
-        if size > self._options.capacity:
-            return False
         with self._folder.locked():
-            coming = self._folder.on_their_way + size
-            if self._folder.published + coming > self._options.capacity:
-                published = self._recount(int(self._options.capacity * _KEEP) - coming)
-                if published + coming > self._options.capacity:
+            if self._folder.published + self._folder.on_their_way + size > self._options.capacity:
+                self._folder.remove_litter()  # what the dead had booked is free again
+                limit = int(self._options.capacity * _KEEP) - self._folder.on_their_way - size
+                if limit < 0 or self._recount(limit) > limit:
                     return False
-            self._folder.on_their_way = coming
+            self._folder.book(size)
             return True
 
     def _recount(self, limit: int) -> int:

@@ -35,6 +35,7 @@ ENGINE_CAPABILITIES = EngineCapabilities(
 )
 
 _DRAIN_S = 30.0
+_UNWRITTEN = "attention read KV that nobody wrote"
 _IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
 
 
@@ -98,6 +99,7 @@ class LLM:
         self._runner = ModelRunner(loaded, self._cache, self._workers)
         self._ids = itertools.count()
         self._closed = False
+        self.num_unwritten = 0
 
     def generate(
         self,
@@ -125,9 +127,14 @@ class LLM:
         for request in requests:
             self._scheduler.add(request)
         finished: dict[str, RequestOutput] = {}
-        while self._scheduler.has_requests:
-            for output in self.step():
-                finished[output.request_id] = output
+        try:
+            while self._scheduler.has_requests:
+                for output in self.step():
+                    finished[output.request_id] = output
+        except BaseException:
+            for request in requests:
+                self._scheduler.abort(request)
+            raise
         return [finished[request.request_id] for request in requests]
 
     def step(self) -> list[RequestOutput]:
@@ -145,9 +152,17 @@ class LLM:
             for worker in self._workers:
                 worker.bind(meta)
                 worker.start_load_kv()
-        logits = self._runner.forward(batch) if batch.entries else None
+        try:
+            logits = self._runner.forward(batch) if batch.entries else None
+        except BaseException:
+            self._abandon_step(batch, "the forward pass failed")
+            raise
+        unwritten = self._unwritten(batch, logits)
         if self._leader is not None:
             self._end_connector_step(self._leader, batch)
+        for request in unwritten - batch.rejected:
+            request.failed_loads = request.MAX_FAILED_LOADS
+            self._scheduler.reset_request(batch, request)
         if logits is None:
             if self._scheduler.has_requests:
                 time.sleep(_IDLE_S)
@@ -156,7 +171,12 @@ class LLM:
 
     def get_stats(self) -> dict[str, Any]:
         """Return the engine's counters, and the leader's and the workers' under their names."""
-        stats: dict[str, Any] = {"preemptions": self._scheduler.num_preemptions, "pages": self._num_pages}
+        stats: dict[str, Any] = {
+            "pages": self._num_pages,
+            "preemptions": self._scheduler.num_preemptions,
+            "lost_saves": self._scheduler.num_lost_saves,
+            "unwritten_kv_seen": self.num_unwritten,
+        }
         if self._leader is not None:
             stats["leader"] = self._leader.get_stats()
             stats["workers"] = [worker.get_stats() for worker in self._workers]
@@ -176,7 +196,7 @@ class LLM:
         if self._closed:
             return
         deadline = time.monotonic() + drain_s
-        while self._leader is not None and self._leader.has_pending_work() and time.monotonic() < deadline:
+        while self._has_connector_work() and time.monotonic() < deadline:
             self.step()
             time.sleep(_IDLE_S)
         self._closed = True
@@ -193,18 +213,53 @@ class LLM:
         """Close."""
         self.close()
 
+    def _has_connector_work(self) -> bool:
+        return self._scheduler.num_saving > 0 or (self._leader is not None and self._leader.has_pending_work())
+
     def _end_connector_step(self, leader: LeaderDriver, batch: Batch) -> None:
         """Let saves read the pages, take what failed, and let the leader commit the rest."""
         bad_pages: list[set[int]] | None = [set() for _ in self._cache.pools]
         reports = []
-        for worker in self._workers:
+        newly_saving = self._scheduler.take_newly_saving()
+        for rank, worker in enumerate(self._workers):
             worker.wait_for_save()
-            worker.get_finished(frozenset())
+            finished = worker.get_finished(newly_saving)
+            self._scheduler.saves_ended(rank, finished.saved, num_ranks=len(self._workers))
             failed = worker.get_block_ids_with_load_errors()
             bad_pages = None if failed is None or bad_pages is None else _union(bad_pages, failed)
             reports.append(worker.build_worker_report())
         leader.update_connector_output(reports)
         self._scheduler.reject_failed_loads(batch, bad_pages)
+
+    def _unwritten(self, batch: Batch, logits: torch.Tensor | None) -> set[EngineRequest]:
+        """Return the requests that attended to KV that nobody wrote: fresh pages hold NaN, and NaN reaches the logits.
+
+        A connector that says it loaded and did not is the way to get there; nothing of such a step is committed.
+
+        Raises:
+            RuntimeError: If a request with nothing from a connector got there: the engine or the model is wrong.
+        """
+        if logits is None:
+            return set()
+        finite = torch.isfinite(logits).all(dim=1).tolist()
+        bad = {entry[0] for entry, good in zip(batch.entries, finite, strict=True) if not good}
+        if bad:
+            self.num_unwritten += len(bad)
+            if self._leader is None or any(request.failed_loads >= request.MAX_FAILED_LOADS for request in bad):
+                self._abandon_step(batch, _UNWRITTEN)
+                raise RuntimeError(f"{_UNWRITTEN}, without a connector's part in it")
+            for worker in self._workers:
+                worker.fail_step(_UNWRITTEN)
+        return bad
+
+    def _abandon_step(self, batch: Batch, why: str) -> None:
+        """Undo a step that did not complete: its requests go back to the queue, and the connector commits nothing."""
+        for worker in self._workers:
+            worker.fail_step(why)
+        if self._leader is not None:
+            self._end_connector_step(self._leader, batch)
+        for request in {entry[0] for entry in batch.entries} - batch.rejected:
+            self._scheduler.reset_request(batch, request)
 
     def _finish_step(self, batch: Batch, logits: torch.Tensor) -> Iterator[RequestOutput]:
         for row, (request, start, count) in zip(logits, batch.entries, strict=True):
@@ -217,7 +272,6 @@ class LLM:
         self._scheduler.advance(request, start, count)
         if request.num_computed < len(request.tokens):
             return  # a chunk of the prompt; its logits mean nothing
-        assert bool(torch.isfinite(row).all()), "attention read KV that nobody wrote"
         token = int(row.argmax())
         request.append(token)
         ended = token in self._eos and not request.params.ignore_eos

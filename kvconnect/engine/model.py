@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from kvconnect.engine.attention import PAGED_ATTENTION
 from kvconnect.engine.tiny import ByteTokenizer, tiny_model
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol import Namespace, check_prefix_law, model_identity, rope_settings
+from kvconnect.protocol.identity import VOLATILE_SETTINGS
 
 __all__ = ["KVGeometry", "LoadedModel", "load_model", "load_tokenizer"]
 
@@ -123,9 +125,10 @@ def _geometry(config: Any, dtype: torch.dtype) -> KVGeometry:
     return KVGeometry(tuple(g for g, _ in groups), tuple(w for _, w in groups), heads, head_dim, dtype)
 
 
-def _state_digest(model: torch.nn.Module) -> str:
-    """Digest a model's weights in memory, for models without a folder."""
-    hasher = hashlib.blake2b(digest_size=32)
+def _state_digest(model: Any) -> str:
+    """Digest a model's weights and configuration in memory, for models without a folder."""
+    config: dict[str, Any] = {k: v for k, v in model.config.to_dict().items() if k not in VOLATILE_SETTINGS}
+    hasher = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=32)
     for name, tensor in sorted(model.state_dict().items()):
         hasher.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

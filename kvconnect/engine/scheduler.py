@@ -6,8 +6,11 @@ When pages run out, the request that was admitted last gives its pages back and 
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvconnect.driver import LeaderDriver
 from kvconnect.engine.pages import PagedCache
@@ -15,6 +18,17 @@ from kvconnect.engine.request import EngineRequest
 from kvconnect.protocol import ScheduledRequest, SchedulerOutput
 
 __all__ = ["Batch", "Scheduler"]
+
+logger = logging.getLogger(__name__)
+
+# A connector that never reports a save may keep pages this long; then another request needs them more.
+_SAVE_DEADLINE_S = 30.0
+
+
+class _Saving(NamedTuple):
+    tables: list[list[int]]
+    deadline: float
+    ranks: set[int]
 
 
 class Batch:
@@ -56,6 +70,9 @@ class Scheduler:
         self.waiting: deque[EngineRequest] = deque()
         self.running: list[EngineRequest] = []
         self.num_preemptions = 0
+        self.num_lost_saves = 0
+        self._saving: dict[str, _Saving] = {}
+        self._newly_saving: set[str] = set()
         self._cache = cache
         self._leader = leader
         self._max_batch_tokens = max_batch_tokens
@@ -123,8 +140,7 @@ class Scheduler:
             )
             if failed:
                 request.failed_loads += 1
-                batch.rejected.add(request)
-                self._reset(request)
+                self.reset_request(batch, request)
 
     def advance(self, request: EngineRequest, start: int, count: int) -> None:
         """Note that tokens ``[start, start + count)`` are computed; full blocks can be found by others now."""
@@ -135,11 +151,51 @@ class Scheduler:
         self._cache.release_stale(request.tables, request.num_computed)
 
     def finish(self, request: EngineRequest) -> None:
-        """Let a request's pages go and tell the leader."""
+        """Tell the leader that a request ended, and let its pages go unless the leader still saves them."""
         self.running.remove(request)
-        if self._leader is not None:
-            self._leader.request_finished(request.view(), request.tables)
-        self._cache.release_all(request.tables)
+        if self._leader is not None and self._leader.request_finished(request.view(), request.tables):
+            self._saving[request.request_id] = _Saving(request.tables, time.monotonic() + _SAVE_DEADLINE_S, set())
+            self._newly_saving.add(request.request_id)
+        else:
+            self._cache.release_all(request.tables)
+
+    def abort(self, request: EngineRequest) -> None:
+        """End a request that is not finished, wherever it is; a finished one is left alone."""
+        if request in self.waiting:  # it holds no pages
+            self.waiting.remove(request)
+            if self._leader is not None:
+                self._leader.request_finished(request.view(), request.tables)
+        elif request in self.running:
+            self.finish(request)
+
+    def take_newly_saving(self) -> frozenset[str]:
+        """Return the requests that ended since the last call and whose pages wait for their saves."""
+        ids, self._newly_saving = frozenset(self._newly_saving), set()
+        return ids
+
+    def saves_ended(self, rank: int, request_ids: frozenset[str], *, num_ranks: int) -> None:
+        """Take what one rank says of saves that ended; pages go when every rank has said so, or at the deadline."""
+        for request_id in request_ids & self._saving.keys():
+            self._saving[request_id].ranks.add(rank)
+        now = time.monotonic()
+        for request_id, saving in list(self._saving.items()):
+            late = now > saving.deadline
+            if late or len(saving.ranks) == num_ranks:
+                self._cache.release_all(saving.tables)
+                del self._saving[request_id]
+                if late:
+                    self.num_lost_saves += 1
+                    logger.warning("kvconnect: saves of %s were not reported in time; its pages are freed", request_id)
+
+    @property
+    def num_saving(self) -> int:
+        """Requests that ended and whose pages are still being saved."""
+        return len(self._saving)
+
+    def reset_request(self, batch: Batch, request: EngineRequest) -> None:
+        """Take a request of the batch back to the queue; nothing that the step computed for it counts."""
+        batch.rejected.add(request)
+        self._reset(request)
 
     def _continue(self, batch: Batch, request: EngineRequest, budget: int) -> int:
         """Schedule a running request; return what is left of the budget."""
@@ -172,13 +228,11 @@ class Scheduler:
                 if offer.num_tokens is None:
                     continue  # ask again next step; those behind it need not wait
                 loaded = offer.num_tokens
-            computed = matched * block_size + loaded
-            count = min(len(request.tokens) - computed, budget)
-            fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed + count)
-            if fresh is None:
+            admitted = self._allocate(request, matched, loaded, budget)
+            if admitted is None:
                 return
-            if self._leader is not None:
-                self._leader.update_state_after_alloc(request.view(), request.tables, loaded)
+            computed, count, fresh = admitted
+            loaded = computed - matched * block_size
             request.num_computed = computed
             request.num_named = matched
             request.num_reused = matched * block_size
@@ -188,6 +242,31 @@ class Scheduler:
             self.running.append(request)
             self._enter(batch, request, computed, count, fresh)
             budget -= count
+
+    def _allocate(
+        self, request: EngineRequest, matched: int, loaded: int, budget: int
+    ) -> tuple[int, int, list[list[int]]] | None:
+        """Give a waiting request its pages and tell the leader.
+
+        Args:
+            request: Without pages.
+            matched: Blocks found on the device.
+            loaded: Tokens that the leader offers on top.
+            budget: Tokens that may be computed.
+
+        Returns:
+            Tokens that need not be computed, tokens to compute, and the fresh pages; None if there are too few pages.
+        """
+        computed = matched * self._cache.block_size + loaded
+        count = min(len(request.tokens) - computed, budget)
+        fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed + count)
+        if fresh is None:
+            return None
+        told = self._leader is None or self._leader.update_state_after_alloc(request.view(), request.tables, loaded)
+        if told or not loaded:
+            return computed, count, fresh
+        self._cache.release_all(request.tables)  # the leader failed: nothing will be loaded into these pages
+        return self._allocate(request, matched, 0, budget)
 
     def _enter(
         self, batch: Batch, request: EngineRequest, start: int, count: int, fresh: Sequence[Sequence[int]]

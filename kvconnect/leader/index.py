@@ -52,7 +52,7 @@ class Entry:
         self.slot = slot
         self.state = state
         self.claims = 0
-        self.waiting = 0
+        self.waiting: set[int] = set()
         self.failed = False
         self.source = -1
 

@@ -79,10 +79,14 @@ class StepLedger:
         opened = self._open[step] = OpenStep(step, self._ranks)
         return opened
 
-    def lost_report(self, rank: int, why: str) -> Report | None:
+    def lost_report(self, rank: int, why: str, *, started: bool) -> Report | None:
         """Return what to assume when a report of `rank` cannot be read: its oldest open step failed in everything.
 
-        Its store traffic may still be running, so the slots stay out of use.
+        Args:
+            rank: Whose report it is.
+            why: What was wrong with it.
+            started: Whether the step's store traffic may have begun; then its slots stay out of use until the rank
+                names them.
 
         Returns:
             None if the rank has no open step.
@@ -95,9 +99,18 @@ class StepLedger:
             rank=rank,
             not_promoted=pack_ints(move.slot for move in opened.promotes),
             not_demoted=pack_ints(value for move in opened.demotes for value in (move.target, move.slot)),
-            quarantined=pack_ints(move.slot for move in (*opened.promotes, *opened.demotes)),
-            error=why,
+            quarantined=pack_ints(move.slot for move in (*opened.promotes, *opened.demotes) if started),
+            error=why or "no report",
         )
+
+    def skipped(self, rank: int, step: int) -> bool:
+        """Say whether `rank` has an open step before `step`: reports come in order, so that one will never come."""
+        return any(number < step and rank in opened.waiting for number, opened in self._open.items())
+
+    def void_open_steps(self) -> None:
+        """Commit nothing of the steps that are open now."""
+        for opened in self._open.values():
+            opened.void = True
 
     def report(self, rank: int, report: Report) -> StepOutcome | None:
         """Take one rank's report of one step.

@@ -118,7 +118,11 @@ class StoreLookup:
         longest = max(store.timeout_s for store in self._stores.values())
         self._pending[request_id] = _Pending(question, set(self._stores), hashes, time.monotonic() + longest)
         for store in self._stores.values():
-            store.submit((request_id, question), LOOKUP, partial(_ask, hashes, namespace, shards, stop_early))
+            store.submit(
+                (request_id, question),
+                LOOKUP,
+                partial(self._answer, request_id, question, hashes, namespace, shards, stop_early),
+            )
 
     def is_pending(self, request_id: str) -> bool:
         """Say whether it is worth asking again; a lookup past its deadline is given up."""
@@ -143,6 +147,22 @@ class StoreLookup:
         """Close the leader's stores; twice is fine."""
         for store in self._stores.values():
             store.close()
+
+    def _answer(
+        self,
+        request_id: str,
+        question: int,
+        hashes: Sequence[BlockHash],
+        namespace: bytes,
+        shards: Sequence[Sequence[int]],
+        stop_early: bool,
+        store: BlockStore,
+    ) -> tuple[Sequence[BlockHash], list[list[bool]]]:
+        """Ask, unless nobody waits for the answer any more: a slow store must not fall behind further and further."""
+        pending = self._pending.get(request_id)
+        if pending is None or pending.question != question:
+            return hashes, [[] for _ in shards]
+        return _ask(hashes, namespace, shards, stop_early, store)
 
     def _take(self, number: int, event: CallEvent) -> None:
         request_id, question = event.tag

@@ -56,7 +56,12 @@ class OffloadLeader(Leader):
         Args:
             context: What the engine and the configuration say.
             key_secret: Keys the block hashes, see `BlockChain`.
+
+        Raises:
+            ConfigError: If the secret is too long.
+            KVConnectError: If a store cannot be opened.
         """
+        BlockChain(1, secret=key_secret)  # a secret that cannot key the hash is refused here, not at every request
         self._context = context
         self._secret = key_secret
         self._epoch = b""
@@ -133,8 +138,10 @@ class OffloadLeader(Leader):
         if state is None or not state.reads or state.chain is None or num_computed_tokens % self._block_size:
             return Match(0, False)
         chain = state.chain
-        if chain.num_tokens < len(request.tokens):
-            chain.extend(request.tokens[chain.num_tokens :])
+        if chain.num_tokens < len(request.tokens) and not self._extend(
+            state, chain, request.tokens[chain.num_tokens :]
+        ):
+            return Match(0, False)
         first = state.first = num_computed_tokens // self._block_size
         limit = (len(request.tokens) - 1) // self._block_size  # leaves a token to compute
         if limit <= first:
@@ -195,6 +202,8 @@ class OffloadLeader(Leader):
         self._drop(state)
         state.looked_up = False
         state.give_up_at = 0.0
+        if state.chain is not None and state.chain.num_tokens < len(request.tokens):
+            self._extend(state, state.chain, request.tokens[state.chain.num_tokens :])
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -226,16 +235,18 @@ class OffloadLeader(Leader):
         for rank, data in enumerate(reports):
             try:
                 report = Report.decode(data)
+                report.check()
             except MetadataError as error:
                 self._counts["reports_unreadable"] += 1
                 logger.warning("report of rank %d cannot be read; nothing of its step is committed: %s", rank, error)
-                lost = self._ledger.lost_report(rank, str(error))
-                if lost is None:
-                    continue
-                report = lost
-            self._drop_failed_loads(report)
-            self._traffic.take_report(report)
-            self._close_step(rank, report)
+                self._lose_report(rank, str(error), started=True)
+                continue
+            if report.step < 0:  # its plan never reached the worker
+                self._lose_report(rank, report.error, started=False)
+                continue
+            while self._ledger.skipped(rank, report.step):
+                self._lose_report(rank, "its report never came", started=True)
+            self._take_report(rank, report)
         self._lookup.poll()
 
     def has_pending_work(self) -> bool:
@@ -266,6 +277,11 @@ class OffloadLeader(Leader):
     def reset_cache(self) -> bool:
         """Start a new epoch: no key from before matches again, in the arena or in a store."""
         self._epoch = secrets.token_bytes(16)
+        for state in self._requests.values():  # their chains belong to the old epoch, and so does what they compute
+            self._drop(state)
+            state.stop_caching()
+        self._ledger.void_open_steps()
+        self._traffic.fail_promotions()
         self._index.clear()
         self._presence.clear()
         return True
@@ -320,6 +336,8 @@ class OffloadLeader(Leader):
             )
         if self._lookup.is_pending(state.request_id) or self._traffic.waits(state):
             return True
+        if state.give_up_at and time.monotonic() >= state.give_up_at:
+            return False  # it has waited long enough; what still comes up serves others
         wanted, coming = self._blocks_below(state, chain, first, ready, limit)
         if wanted or coming:
             self._traffic.want(state, wanted, coming)
@@ -402,7 +420,9 @@ class OffloadLeader(Leader):
         # what lies on the device already was saved by whoever computed it; what a reset took back is computed anew
         start = min(start, state.next_save) if state.next_save else start
         state.next_save = end
-        moves, entries = [], []
+        moves: list[Move] = []
+        entries: list[Entry] = []
+        opened.saves.append((state, entries))  # before the first slot is taken, so that none is lost if this raises
         for ordinal in range(start, end):
             block_hash = state.chain.hashes[ordinal]
             for group, table in enumerate(scheduled.block_ids):
@@ -415,9 +435,7 @@ class OffloadLeader(Leader):
                 entries.append(entry)
                 request = ids.setdefault(state.request_id, len(ids))
                 moves.append(Move(block_hash, group, entry.slot, table[ordinal], request, ordinal))
-        if entries:
-            opened.saves.append((state, entries))
-            self._counts["save_blocks"] += len(entries)
+        self._counts["save_blocks"] += len(entries)
         return moves
 
     def _learn_tokens(self, state: RequestState, chain: BlockChain, scheduled: ScheduledRequest) -> bool:
@@ -429,15 +447,27 @@ class OffloadLeader(Leader):
             logger.warning("request %s: tokens %d to %d were never told", state.request_id, chain.num_tokens, known)
             state.stop_caching()
             return False
-        if missing > 0:
-            try:
-                chain.extend(scheduled.new_tokens[-missing:])
-            except UnsupportedError:
-                state.stop_caching()
-                return False
+        return missing <= 0 or self._extend(state, chain, scheduled.new_tokens[-missing:])
+
+    def _extend(self, state: RequestState, chain: BlockChain, tokens: Sequence[int]) -> bool:
+        """Hash `tokens`; False, and no caching any more, if one is none."""
+        try:
+            chain.extend(tokens)
+        except UnsupportedError as error:
+            logger.debug("request %s is not cached any more: %s", state.request_id, error)
+            state.stop_caching()
+            return False
         return True
 
-    def _close_step(self, rank: int, report: Report) -> None:
+    def _lose_report(self, rank: int, why: str, *, started: bool) -> None:
+        lost = self._ledger.lost_report(rank, why, started=started)
+        if lost is not None:
+            self._take_report(rank, lost)
+            self._traffic.expect_later(rank, unpack_ints(lost.quarantined))
+
+    def _take_report(self, rank: int, report: Report) -> None:
+        self._drop_failed_loads(report)
+        self._traffic.take_report(rank, report)
         outcome = self._ledger.report(rank, report)
         if outcome is None:
             return

@@ -28,7 +28,8 @@ class TierTraffic:
         self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
         self._num_ranks = num_ranks
         self._to_demote: deque[tuple[int, Entry]] = deque()
-        self._demoting: dict[tuple[int, int], list[int]] = {}  # (tier, slot) -> [silent ranks, failed ranks]
+        self._demoting: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (tier, slot) -> silent, failed ranks
+        self._later: set[tuple[int, int]] = set()  # (rank, slot) of lost reports: quarantined until the rank names it
         self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
         self._wanting: dict[str, RequestState] = {}
         self.promoted = self.not_promoted = self.demoted = self.not_demoted = self.no_slot = 0
@@ -69,12 +70,12 @@ class TierTraffic:
         if time.monotonic() < request.give_up_at:
             return True
         self.forget(request)
-        request.promoting.clear()
         return False
 
     def forget(self, request: RequestState) -> None:
-        """Drop what the request wanted and was not planned yet."""
+        """Stop waiting: drop what was not planned yet, and do not hold what still comes up."""
         request.wanted = []
+        request.promoting = set()
         self._wanting.pop(request.request_id, None)
 
     def plan_promotes(self) -> list[Move]:
@@ -93,7 +94,7 @@ class TierTraffic:
                 if entry is None:
                     self.no_slot += len(request.wanted) - position
                     break
-                entry.waiting = self._num_ranks
+                entry.waiting = set(range(self._num_ranks))
                 entry.source = tier
                 request.promoting.add(entry)
                 self._promoting[entry.slot] = (entry, request)
@@ -118,31 +119,51 @@ class TierTraffic:
             if entry.state is not State.READY or (tier, entry.slot) in self._demoting:
                 self._index.release(entry)
                 continue
-            self._demoting[tier, entry.slot] = [self._num_ranks, 0]
+            self._demoting[tier, entry.slot] = (set(range(self._num_ranks)), set())
             moves.append(Move(entry.block_hash, entry.group, entry.slot, tier))
         return moves
 
-    def take_report(self, report: Report) -> None:
+    def expect_later(self, rank: int, slots: Iterable[int]) -> None:
+        """Remember slots whose traffic `rank` may still be running although its report of it is lost."""
+        self._later.update((rank, slot) for slot in slots)
+
+    def fail_promotions(self) -> None:
+        """Let nothing that is on its way up be matched when it arrives."""
+        for entry, _ in self._promoting.values():
+            entry.failed = True
+
+    def take_report(self, rank: int, report: Report) -> None:
         """Take what one rank says of promotions, demotions and hung calls; slots it was never given are ignored."""
         for slot in unpack_ints(report.quarantined):
             if 0 <= slot < self._index.num_slots:
                 self._index.quarantine(slot)
-        for slot in unpack_ints(report.promoted):
-            self._promotion_ended(slot, ok=True)
-        for slot in unpack_ints(report.not_promoted):
-            self._promotion_ended(slot, ok=False)
+        for ok, packed in ((True, report.promoted), (False, report.not_promoted)):
+            for slot in unpack_ints(packed):
+                if not self._named_at_last(rank, slot):
+                    self._promotion_ended(rank, slot, ok=ok)
         for ok, packed in ((True, report.demoted), (False, report.not_demoted)):
             pairs = unpack_ints(packed)
             for tier, slot in zip(pairs[::2], pairs[1::2], strict=True):
-                self._demotion_ended(tier, slot, ok=ok)
+                if not self._named_at_last(rank, slot):
+                    self._demotion_ended(rank, tier, slot, ok=ok)
         for slot in unpack_ints(report.released):
             self._index.unquarantine(slot)
 
-    def _promotion_ended(self, slot: int, *, ok: bool) -> None:
+    def _named_at_last(self, rank: int, slot: int) -> bool:
+        """Say whether the rank names a slot whose report was lost: its traffic has ended, and nobody waits for it."""
+        if (rank, slot) not in self._later:
+            return False
+        self._later.discard((rank, slot))
+        self._index.unquarantine(slot)
+        return True
+
+    def _promotion_ended(self, rank: int, slot: int, *, ok: bool) -> None:
         if slot not in self._promoting:
             return
         entry, request = self._promoting[slot]
-        entry.waiting -= 1
+        if rank not in entry.waiting:
+            return
+        entry.waiting.discard(rank)
         entry.failed = entry.failed or not ok
         if entry.waiting:
             return
@@ -159,18 +180,19 @@ class TierTraffic:
                 self._index.claim(entry)
                 request.held.append(entry)
 
-    def _demotion_ended(self, tier: int, slot: int, *, ok: bool) -> None:
-        counts = self._demoting.get((tier, slot))
-        if counts is None:
+    def _demotion_ended(self, rank: int, tier: int, slot: int, *, ok: bool) -> None:
+        silent, failed = self._demoting.get((tier, slot), (set(), set()))
+        if rank not in silent:
             return
-        counts[0] -= 1
-        counts[1] += not ok
-        if counts[0]:
+        silent.discard(rank)
+        if not ok:
+            failed.add(rank)
+        if silent:
             return
         del self._demoting[tier, slot]
         entry = self._index.at_slot(slot)
         assert entry is not None, "a slot was given away while it was being written to a store"
-        if counts[1]:
+        if failed:
             self.not_demoted += 1
         else:
             self.demoted += 1

@@ -20,7 +20,7 @@ import msgspec
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol.keys import frame_fields
 
-__all__ = ["check_prefix_law", "checkpoint_digest", "model_identity", "rope_settings"]
+__all__ = ["VOLATILE_SETTINGS", "check_prefix_law", "checkpoint_digest", "model_identity", "rope_settings"]
 
 # What a forward pass depends on. Tokenizer files are left out: keys hold token ids.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -32,7 +32,9 @@ _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope", "su"})
 _ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq", "partial_rotary_factor")
 
 # Written by the library that saved the folder; they do not change the KV.
-_VOLATILE = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"})
+VOLATILE_SETTINGS = frozenset(
+    {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache", "_attn_implementation"}
+)
 
 
 def model_identity(
@@ -81,7 +83,7 @@ def checkpoint_digest(folder: str | os.PathLike[str], *, cache: Path | None = No
         config = json.loads((root / "config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {os.fspath(root / 'config.json')!r}: {error}") from error
-    kept = {key: value for key, value in config.items() if key not in _VOLATILE}
+    kept = {key: value for key, value in config.items() if key not in VOLATILE_SETTINGS}
     fields.append(("config.json", json.dumps(kept, sort_keys=True).encode()))
     if learned:
         _write_cache(cache, known)

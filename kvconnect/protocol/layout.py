@@ -189,7 +189,8 @@ class KVCacheLayout(msgspec.Struct, frozen=True, kw_only=True):
         roles = tuple(dict.fromkeys(role for region in regions for role in region.roles))
         layers = group_layout.layers
         uniform = len({(r.axes, r.block_shape, str(r.tensor.dtype), r.roles) for r in regions}) == 1
-        if not any(r.opaque for r in regions):
+        # the short forms say nothing of which role comes first, so they are only for roles in alphabetical order
+        if not any(r.opaque for r in regions) and roles == tuple(sorted(roles)):
             initials = "".join(axis[0] for axis in first.axes)
             if len(regions) == 1 and first.layers == layers:
                 missing = "".join(axis for axis in "lr" if axis not in initials)

@@ -171,6 +171,20 @@ class Report(_Message, frozen=True, array_like=True):
     released: bytes = b""
     error: str = ""
 
+    def check(self) -> None:
+        """Check the packed columns, so that a report is taken whole or not at all.
+
+        Raises:
+            MetadataError: If one is not of whole integers, or of whole pairs.
+        """
+        for packed in (self.failed_saves, self.promoted, self.not_promoted, self.quarantined, self.released):
+            unpack_ints(packed)
+        for error in self.load_errors:
+            unpack_ints(error.ordinals)
+        for pairs in (self.demoted, self.not_demoted):
+            if len(unpack_ints(pairs)) % 2:
+                raise MetadataError(f"{len(pairs)} bytes of (tier, slot) pairs")
+
 
 class GroupHandshake(msgspec.Struct, frozen=True, array_like=True):
     """One layer group as a rank registered it; `window` 0 means full attention."""

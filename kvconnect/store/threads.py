@@ -41,7 +41,7 @@ class CallEvent(NamedTuple):
     tag: Any
     outcome: Outcome
     result: Any = None
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 class _Call:
@@ -204,5 +204,5 @@ class StoreThreads:
     def _perform(self, store: BlockStore, call: _Call) -> CallEvent:
         try:
             return CallEvent(call.tag, Outcome.DONE, call.work(store))
-        except Exception as error:  # a store may raise anything: the batch missed
+        except BaseException as error:  # a store may raise anything, foreign panics too: the batch missed
             return CallEvent(call.tag, Outcome.FAILED, error=error)

@@ -31,7 +31,7 @@ from kvconnect.worker.arena import Arena
 from kvconnect.worker.base import Worker
 from kvconnect.worker.copies import BlockCopier
 from kvconnect.worker.reorder import can_reorder
-from kvconnect.worker.transfer import SlotFrame, StoreTransfers
+from kvconnect.worker.transfer import Endings, SlotFrame, StoreTransfers
 
 __all__ = ["OffloadWorker"]
 
@@ -102,6 +102,7 @@ class OffloadWorker(Worker):
         self._shards: list[int] = []
         self._namespace = b""
         self._held: dict[int, tuple[int, bytes, str]] = {}  # slot -> group, hash and order of what lies in it
+        self._endings = Endings()
         self._promoting: dict[int, tuple[int, bytes]] = {}  # slot -> group and hash of what is on its way up
         self._counts: Counter[str] = Counter()
         self._log = FailureLog(logger)
@@ -165,7 +166,7 @@ class OffloadWorker(Worker):
         self._load(self._now.take("loads"))
         for tier, moves in _by_target(self._now.take("promotes")).items():
             for move in moves:
-                self._held.pop(move.slot, None)  # until it is verified, the slot holds nothing
+                self._empty(move.slot)  # until it is verified, the slot holds nothing
                 self._promoting[move.slot] = (move.group, move.block_hash)
             self._transfers.promote(tier, [self._frame(move) for move in moves])
         for tier, moves in _by_target(self._now.take("demotes")).items():
@@ -180,7 +181,7 @@ class OffloadWorker(Worker):
             return
         saves: dict[int, list[Move]] = defaultdict(list)
         for move in planned:
-            self._held.pop(move.slot, None)
+            self._empty(move.slot)
             saves[move.group].append(move)
         started = time.perf_counter()
         for group, moves in saves.items():
@@ -202,19 +203,21 @@ class OffloadWorker(Worker):
     def build_worker_report(self) -> bytes:
         """Say what became of the step, and what ended in the background."""
         assert self._transfers is not None, "register_kv_caches comes first"
-        endings = self._transfers.poll()
+        endings = self._endings
+        self._transfers.poll(endings)
         for slot, order in endings.promoted:
-            group, block_hash = self._promoting.pop(slot)
-            self._held[slot] = (group, block_hash, order)
+            if slot in self._promoting:
+                group, block_hash = self._promoting.pop(slot)
+                self._held[slot] = (group, block_hash, order)
         for slot in endings.not_promoted:
             self._promoting.pop(slot, None)
         # what a hook that raised never came to has failed, and must be said: its slots would stay reserved
-        for move in (*self._now.loads, *self._now.fails):
+        for move in (*self._now.take("loads"), *self._now.take("fails")):
             self._load_failed(move)
-        endings.not_promoted += [move.slot for move in self._now.promotes]
-        endings.not_demoted += [(move.target, move.slot) for move in self._now.demotes]
-        self._now.failed_saves += [move.slot for move in self._now.saves]
-        return Report(
+        endings.not_promoted += [move.slot for move in self._now.take("promotes")]
+        endings.not_demoted += [(move.target, move.slot) for move in self._now.take("demotes")]
+        self._now.failed_saves += [move.slot for move in self._now.take("saves")]
+        report = Report(
             step=self._now.number,
             rank=self._rank,
             load_errors=tuple(
@@ -229,6 +232,8 @@ class OffloadWorker(Worker):
             quarantined=pack_ints(endings.quarantined),
             released=pack_ints(endings.released),
         ).encode()
+        self._endings = Endings()  # only now: what could not be said would be waited for
+        return report
 
     # -- whole life ----------------------------------------------------------------------------------------------
 
@@ -254,6 +259,11 @@ class OffloadWorker(Worker):
         self._layout = None
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _empty(self, slot: int) -> None:
+        assert self._transfers is not None, "register_kv_caches comes first"
+        self._held.pop(slot, None)
+        self._transfers.refill(slot)
 
     def _load(self, loads: Sequence[Move]) -> None:
         """Scatter every load whose slot holds what the plan says; the rest are errors."""

@@ -7,6 +7,7 @@ call that missed its deadline, until `poll` tells that it has returned.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -52,7 +53,7 @@ class SlotFrame(NamedTuple):
 
 
 class Endings:
-    """What ended since the last poll; slots, and ``(tier, slot)`` pairs for demotions."""
+    """What ended and was not reported yet; slots, and ``(tier, slot)`` pairs for demotions."""
 
     __slots__ = ("demoted", "not_demoted", "not_promoted", "promoted", "quarantined", "released")
 
@@ -89,6 +90,8 @@ class StoreTransfers:
         self._log = FailureLog(logger)
         self.counts: Counter[str] = Counter()
         self._stores: list[StoreThreads] = []
+        self._sealed: dict[int, BlockKey] = {}
+        self._seal_lock = threading.Lock()
         try:
             for tier in tiers:
                 self._stores.append(StoreThreads(tier, role))
@@ -118,19 +121,17 @@ class StoreTransfers:
         store = self._stores[tier]
         packs = store.tier.use.codec == "zstd"
         for batch in _batches(frames):
-            store.submit(_Batch(False, batch), WRITE, partial(_write, batch, packs))
+            store.submit(_Batch(False, batch), WRITE, partial(self._write, batch, packs))
 
     def drop(self, tier: int, keys: Sequence[BlockKey]) -> None:
         """Remove keys from a store."""
         self._stores[tier].submit(_Batch(False, ()), WRITE, lambda opened: opened.remove(keys))
 
-    def poll(self) -> Endings:
-        """Take what ended. Never blocks."""
-        endings = Endings()
+    def poll(self, endings: Endings) -> None:
+        """Add what ended to `endings`. Never blocks."""
         for tier, store in enumerate(self._stores):
             for event in store.poll():
                 self._take(endings, tier, store.tier.name, event)
-        return endings
 
     def close(self) -> None:
         """Close the stores after what is queued; each waits at most its own deadline. Twice is fine."""
@@ -168,6 +169,31 @@ class StoreTransfers:
                 endings.not_demoted.append((tier, frame.slot))
                 self.counts["demotes_declined"] += event.outcome is Outcome.DONE
 
+    def refill(self, slot: int) -> None:
+        """Learn that other bytes are put into `slot`: what was sealed there is gone."""
+        self._sealed.pop(slot, None)
+
+    def _write(self, batch: Sequence[SlotFrame], packs: bool, store: BlockStore) -> list[bool]:
+        """Return, for each frame, whether the store took it. Runs on a store thread."""
+        frames = []
+        for frame in batch:
+            sealed = self._seal(frame)
+            frames.append(compress_frame(sealed, _ZSTD_LEVEL) if packs else sealed)
+        taken = list(store.write([frame.key for frame in batch], frames))
+        if len(taken) != len(batch):
+            raise ValueError(f"write answered {len(taken)} of {len(batch)} keys")
+        return [result is True for result in taken]
+
+    def _seal(self, frame: SlotFrame) -> memoryview:
+        """Seal a slot once: another tier's thread may be reading the header that a second time would rewrite."""
+        with self._seal_lock:
+            if self._sealed.get(frame.slot) != frame.key:
+                seal_frame(
+                    frame.memory, frame.payload_bytes, key=frame.key, fingerprint=frame.fingerprint, order=frame.order
+                )
+                self._sealed[frame.slot] = frame.key
+        return frame.memory[: HEADER_BYTES + frame.payload_bytes]
+
     def _read(self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore) -> list[str | FrameCorrupt | None]:
         """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
         lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
@@ -201,20 +227,6 @@ class StoreTransfers:
         if not self._can_read(header.order, frame):
             raise FrameCorrupt(f"payload packed as {header.order!r} cannot be read as {frame.order!r}")
         return header.order
-
-
-def _write(batch: Sequence[SlotFrame], packs: bool, store: BlockStore) -> list[bool]:
-    """Return, for each frame, whether the store took it. Runs on a store thread."""
-    frames = []
-    for frame in batch:
-        sealed = seal_frame(
-            frame.memory, frame.payload_bytes, key=frame.key, fingerprint=frame.fingerprint, order=frame.order
-        )
-        frames.append(compress_frame(sealed, _ZSTD_LEVEL) if packs else sealed)
-    taken = list(store.write([frame.key for frame in batch], frames))
-    if len(taken) != len(batch):
-        raise ValueError(f"write answered {len(taken)} of {len(batch)} keys")
-    return [result is True for result in taken]
 
 
 def _batches(frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:

@@ -380,6 +380,107 @@ def test_leader_whose_plan_fails_costs_no_token(
             llm.reset_prefix_cache()
 
 
+def test_leader_that_fails_after_its_offer_costs_no_token(
+    monkeypatch: pytest.MonkeyPatch, references: dict[str, Reference]
+) -> None:
+    from kvconnect.leader import OffloadLeader
+
+    fails = False
+    original = OffloadLeader.update_state_after_alloc
+
+    def update_state_after_alloc(self: Any, request: Any, block_ids: Any, num_external_tokens: Any) -> None:
+        if fails:
+            raise RuntimeError("boom")
+        original(self, request, block_ids, num_external_tokens)
+
+    monkeypatch.setattr(OffloadLeader, "update_state_after_alloc", update_state_after_alloc)
+    batch = prompts(16)
+    with LLM(make_model("gemma3"), "host://?capacity=64MiB", block_size=8) as llm:
+        llm.generate(batch, PARAMS)
+        llm.reset_prefix_cache()
+        fails = True
+        outputs = llm.generate(batch, PARAMS)
+        assert [output.token_ids for output in outputs] == [references["gemma3"](prompt, 6) for prompt in batch]
+        assert all(output.loaded_tokens == 0 for output in outputs)
+        check_pages(llm)
+
+
+@pytest.mark.parametrize("max_batch_tokens", [2048, 16])
+def test_worker_that_claims_to_have_loaded_is_found_out(
+    monkeypatch: pytest.MonkeyPatch, references: dict[str, Reference], max_batch_tokens: int
+) -> None:
+    """Fresh pages hold NaN, so KV that nobody wrote reaches the logits; the request is computed instead."""
+    from kvconnect.worker.copies import BlockCopier
+
+    batch = prompts(17)
+    with LLM(make_model("llama"), "host://?capacity=64MiB", block_size=8, max_batch_tokens=max_batch_tokens) as llm:
+        llm.generate(batch, PARAMS)
+        llm.reset_prefix_cache()
+        monkeypatch.setattr(BlockCopier, "scatter", lambda *args: None)
+        outputs = llm.generate(batch, PARAMS)
+        assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
+        assert llm.get_stats()["unwritten_kv_seen"] > 0
+        check_pages(llm)
+
+
+def test_forward_that_raises_leaves_an_engine_that_works(
+    monkeypatch: pytest.MonkeyPatch, references: dict[str, Reference]
+) -> None:
+    from kvconnect.engine.runner import ModelRunner
+
+    batch = prompts(18)
+    original = ModelRunner.forward
+    steps = iter([False, True, False])
+
+    def forward(self: Any, batch: Any) -> Any:
+        if next(steps, False):
+            raise KeyboardInterrupt
+        return original(self, batch)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    with LLM(make_model("llama"), "host://?capacity=64MiB", block_size=8, max_batch_tokens=64) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(batch, PARAMS)
+        check_pages(llm)
+        assert not llm._leader.has_pending_work()  # type: ignore[union-attr]
+        outputs = llm.generate(batch, PARAMS)
+        assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
+
+
+def test_pages_of_a_finished_request_stay_until_its_save_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvconnect.leader import OffloadLeader
+    from kvconnect.protocol import Finished
+    from kvconnect.worker import OffloadWorker
+
+    asked: list[str] = []
+
+    def request_finished(self: Any, request: Any, block_ids: Any) -> bool:
+        return True
+
+    def get_finished(self: Any, finished_req_ids: frozenset[str]) -> Finished:
+        ready = frozenset(asked[:1])
+        del asked[:1]
+        asked.extend(finished_req_ids)
+        return Finished(ready, frozenset(), frozenset())
+
+    monkeypatch.setattr(OffloadLeader, "request_finished", request_finished)
+    monkeypatch.setattr(OffloadWorker, "get_finished", get_finished)
+    with LLM(make_model("llama"), "host://?capacity=64MiB", block_size=8) as llm:
+        llm.generate([list(range(40))], PARAMS)
+        assert llm._cache.pools[0].num_held > 0
+        llm.step()
+        assert llm._cache.pools[0].num_held > 0
+        llm.step()
+        check_pages(llm)
+
+
+def test_models_that_differ_only_in_their_configuration_share_nothing(tmp_path: Path) -> None:
+    prompt = list(range(1, 60))
+    for expected, model in ((0, make_model("llama")), (0, make_model("llama", rms_norm_eps=1e-3))):
+        with LLM(model, f"disk://{tmp_path}/kv", block_size=8) as llm:
+            assert llm.generate([prompt], PARAMS)[0].loaded_tokens == expected
+
+
 def test_connector_that_cannot_open_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "kv").mkdir()
     (tmp_path / "kv" / "other").touch()

@@ -53,7 +53,7 @@ class Script:
             LeaderContext(namespace=namespace, engine=engine, num_ranks=ranks, tiers=tuple(tiers))
         )
         self.shake([slots] * ranks, windows)
-        self.step = 0
+        self.step = 1
         self.told: dict[str, int] = {}
 
     def shake(self, slots: Sequence[int], windows: Sequence[int] = (0,)) -> None:
@@ -108,7 +108,7 @@ class Script:
         if rank is None:
             self.leader.update_connector_output(reports)
         else:
-            padding = [Report(step=-1, rank=each).encode() for each in range(self.ranks)]
+            padding = [Report(step=0, rank=each).encode() for each in range(self.ranks)]  # of no open step
             padding[rank] = reports[0]
             self.leader.update_connector_output(padding)
 
@@ -328,7 +328,7 @@ def test_offer_that_vanished_before_the_plan_is_named_as_failed() -> None:
     script.save("a", TOKENS)
     view = script.arrive("b", [*TOKENS, 1])
     assert script.ask(view) == Match(12, False)
-    script.leader.reset_cache()
+    script.leader._index.clear()
     script.alloc(view, 12)
     plan = script.plan((view, 12, 1))
     assert not len(plan.loads)
@@ -388,7 +388,11 @@ def test_reset_cache_matches_nothing_from_before() -> None:
     script = Script()
     script.save("a", TOKENS)
     running = script.arrive("old", [*TOKENS, 1])
+    in_flight = script.arrive("flying", range(400, 408))
+    plan = script.plan((in_flight, 0, 8))
     assert script.leader.reset_cache() is True
+    script.report(plan)  # computed with the old weights
+    assert script.counts()["free"] == 8
     assert script.ask(running) == NONE
     assert script.ask(script.arrive("b", [*TOKENS, 1])) == NONE
     script.save("c", TOKENS)
@@ -422,7 +426,7 @@ def test_ranks_that_do_not_agree_turn_the_leader_off_with_the_reason(
     )
     assert why in fresh.get_stats()["off"]
     assert script.ask(script.arrive("a", TOKENS)) == NONE
-    assert script.plan((script.view("a", TOKENS), 0, 12)) == Plan(step=0)
+    assert script.plan((script.view("a", TOKENS), 0, 12)) == Plan(step=1)
 
 
 def test_smallest_arena_counts() -> None:
@@ -621,3 +625,95 @@ def test_request_waits_for_blocks_that_another_is_bringing_up() -> None:
     assert fresh.ask(second) == ASK_AGAIN  # nothing is left to promote for it, and it must not compute what is coming
     fresh.report(plan, promoted=pack_ints(slots(plan.promotes.unpack())))
     assert fresh.ask(first) == fresh.ask(second) == Match(12, False)
+
+
+def test_living_request_is_not_offered_old_blocks_from_a_store_after_a_reset() -> None:
+    store = dict_store()
+    script = Script(tiers=[tier(store)])
+    store.frames.update(dict.fromkeys(saved_keys(script, script.save("a", TOKENS)), b""))
+    fresh = Script(tiers=[tier(store)])
+    view = fresh.arrive("b", [*TOKENS, 1])
+    fresh.leader.reset_cache()
+    assert wait_for(fresh, view) == NONE
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_promotion_that_never_ends_is_waited_for_only_so_long(lost: bool) -> None:
+    store = dict_store()
+    script = Script(tiers=[tier(store)])
+    store.frames.update(dict.fromkeys(saved_keys(script, script.save("a", TOKENS)), b""))
+    fresh = Script(tiers=[tier(store, timeout_s=0.3)])
+    view = fresh.arrive("b", [*TOKENS, 1])
+    began = time.monotonic()
+    while fresh.ask(view) == ASK_AGAIN:
+        assert time.monotonic() - began < 5
+        plan = fresh.plan()
+        if lost:
+            fresh.leader.update_connector_output([b""])
+        else:
+            fresh.report(plan)  # says nothing of the promotions
+        time.sleep(0.001)
+    assert fresh.ask(view) == NONE
+    fresh.leader._check_integrity()
+
+
+def test_slot_of_a_lost_report_is_used_again_once_the_rank_names_it() -> None:
+    script = Script(tiers=[tier(dict_store())], slots=3)
+    script.save("a", TOKENS)
+    plan = script.plan()
+    down = plan.demotes.unpack()
+    script.leader.update_connector_output([b"torn"])
+    assert script.counts()["quarantined"] == 3
+    pairs = pack_ints(value for move in down for value in (move.target, move.slot))
+    script.report(script.plan(), demoted=pairs)
+    assert script.counts()["quarantined"] == 0
+    script.leader._check_integrity()
+
+
+def test_plan_that_never_reached_its_worker_costs_no_slot() -> None:
+    script = Script(tiers=[tier(dict_store())], slots=3)
+    script.save("a", TOKENS)
+    assert len(script.plan().demotes) == 3
+    script.leader.update_connector_output([Report(step=-1, rank=0, error="bind raised").encode()])
+    assert script.counts()["quarantined"] == script.counts()["claimed"] == 0
+    assert not script.leader.has_pending_work()
+
+
+def test_step_whose_report_never_came_is_closed_by_the_next_one() -> None:
+    script = Script()
+    view = script.arrive("a", TOKENS)
+    script.plan((view, 0, 12))
+    script.report(script.plan())
+    assert script.counts()["free"] == 8
+    assert not script.leader.has_pending_work()
+
+
+@pytest.mark.parametrize("fields", [{"promoted": b"abc"}, {"demoted": pack_ints([0])}, {"failed_saves": b"a"}])
+def test_report_with_torn_columns_is_taken_for_none(fields: dict[str, Any]) -> None:
+    script = Script(ranks=2)
+    view = script.arrive("a", TOKENS)
+    plan = script.plan((view, 0, 12))
+    script.leader.update_connector_output(
+        [Report(step=plan.step, rank=0, **fields).encode(), Report(step=plan.step, rank=1).encode()]
+    )
+    assert script.counts()["free"] == 8
+    assert not script.leader.has_pending_work()
+
+
+def test_decoded_tokens_are_known_after_a_preemption() -> None:
+    script = Script()
+    view = script.arrive("a", TOKENS[:6], cache="write")
+    script.report(script.plan((view, 0, 6)))
+    view = script.view("a", TOKENS)  # six tokens were decoded meanwhile, and told by nobody else
+    script.leader.request_reset(view)
+    assert len(script.plan((view, 0, 12)).saves) == 2
+    assert "requests_with_token_gap" not in script.leader.get_stats()
+
+
+def test_secret_that_cannot_key_the_hash_is_refused_at_start() -> None:
+    from kvconnect.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="at most 64 bytes"):
+        OffloadLeader(
+            LeaderContext(namespace=Namespace(model="id:m", kv_dtype="float32"), engine=ENGINE), key_secret=b"x" * 65
+        )

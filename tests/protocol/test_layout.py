@@ -79,6 +79,25 @@ def test_view_is_described_as_it_lies_in_memory() -> None:
     assert dense.fingerprint(0) == layout.fingerprint(0)
 
 
+def test_values_before_keys_is_not_taken_for_keys_before_values() -> None:
+    def pool(roles: tuple[str, str]) -> KVCacheLayout:
+        region = Region(tensor=torch.zeros(3, 2, 4, 2, 8), axes=("role", *NHD), layers=(0,), roles=roles)
+        return KVCacheLayout(
+            groups=(LayerGroup(block_size=4, layers=(0,), regions=(region,)),), heads=(0, 2), total_heads=2
+        )
+
+    def tensors(roles: tuple[str, str]) -> KVCacheLayout:
+        regions = tuple(Region(tensor=torch.zeros(3, 4, 2, 8), axes=NHD, layers=(0,), roles=(role,)) for role in roles)
+        return KVCacheLayout(
+            groups=(LayerGroup(block_size=4, layers=(0,), regions=regions),), heads=(0, 2), total_heads=2
+        )
+
+    for make in (pool, tensors):
+        usual, swapped = make(("key", "value")), make(("value", "key"))
+        assert usual.payload_order(0) == "lrthd"
+        assert swapped.payload_order(0).startswith("#")
+
+
 def test_shard_is_what_a_rank_holds_not_its_number() -> None:
     tensors = per_layer(heads=2).groups
     halves = [KVCacheLayout(groups=tensors, heads=heads, total_heads=4) for heads in ((0, 2), (2, 4), (0, 2))]

@@ -163,6 +163,58 @@ def test_litter_of_the_dead_goes_and_that_of_the_living_stays(path: Path) -> Non
     assert list((path / "tmp").iterdir()) == []
 
 
+def _book(path: Path, ready: Any) -> None:
+    store = open_store(path)
+    with store._folder.locked():
+        store._folder.book(1 << 20)
+    ready.set()
+    threading.Event().wait()
+
+
+def test_room_booked_by_a_killed_process_is_free_again_while_others_live(path: Path) -> None:
+    capacity = ByteSize(2 << 20)
+    living = open_store(path, capacity=capacity)
+    living.write([key(1)], [frame(1)])
+    context = multiprocessing.get_context("spawn")
+    for _ in range(3):
+        ready = context.Event()
+        process = context.Process(target=_book, args=(path, ready))
+        process.start()
+        assert ready.wait(30)
+        process.kill()
+        process.join()
+    assert list(living.write([key(2)], [frame(2, 1 << 20)])) == [True]
+    assert list(living.contains([key(1), key(2)])) == [True, True]
+    with living._folder.locked():
+        assert living._folder.on_their_way == 0
+    living.close()
+
+
+def test_too_much_on_its_way_declines_instead_of_evicting_everything(path: Path) -> None:
+    store = open_store(path, capacity=ByteSize(1 << 20))
+    store.write([key(1)], [frame(1)])
+    with store._folder.locked():
+        store._folder.book(1 << 20)
+    assert list(store.write([key(2)], [frame(2)])) == [False]
+    assert list(store.contains([key(1)])) == [True]
+    store.close()
+
+
+def _open_and_close(path: Path) -> None:
+    for _ in range(150):
+        open_store(path).close()
+
+
+def test_processes_come_and_go_without_hurting_one_another(path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_open_and_close, args=(path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
 @pytest.mark.parametrize(
     "marker",
     [

@@ -139,3 +139,20 @@ def test_store_that_does_not_open_in_time_is_unavailable() -> None:
     with pytest.raises(StoreUnavailable, match="did not open"):
         StoreThreads(tier(dict_store(__init__=hang), timeout_s=0.05), "test")
     gate.set()
+
+
+def test_panic_of_a_foreign_library_is_a_failed_call_and_no_dead_thread() -> None:
+    class Panic(BaseException):
+        pass
+
+    def panics(store: BlockStore) -> None:
+        raise Panic
+
+    threads = StoreThreads(tier(dict_store()), "test")
+    threads.submit("panic", READ, panics)
+    (event,) = wait(threads, bool)
+    assert event.outcome is Outcome.FAILED
+    threads.submit("after", READ, lambda store: "fine")
+    (event,) = wait(threads, bool)
+    assert event.result == "fine"
+    assert threads.close()
