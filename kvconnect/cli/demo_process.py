@@ -50,7 +50,7 @@ def _generate(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Complete the prompts with transformers alone: no page, no plan, no connector of ours."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from kvconnect.engine.model import load_tokenizer
 
@@ -61,6 +61,8 @@ def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, local_files_only=True)
         tokenizer = load_tokenizer(job["model"], model.config)
     model.eval()
+    # plain greedy decoding, whatever the checkpoint's own settings are (penalties, sampling, end of sequence)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
     if tokenizer is None:
         raise ConfigError(f"{job['model']} has no tokenizer, and its vocabulary is too small for bytes")
     for prompt in job["prompts"]:
@@ -69,9 +71,6 @@ def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=job["max_tokens"],
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
         )
