@@ -62,7 +62,7 @@ def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         tokenizer = load_tokenizer(job["model"], model.config)
     model.eval()
     # plain greedy decoding, whatever the checkpoint's own settings are (penalties, sampling, end of sequence)
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)  # type: ignore[no-untyped-call]
     if tokenizer is None:
         raise ConfigError(f"{job['model']} has no tokenizer, and its vocabulary is too small for bytes")
     for prompt in job["prompts"]:

@@ -6,6 +6,6 @@ except ImportError as error:
     raise ImportError('the reference engine needs transformers: pip install "kvconnect[engine]"') from error
 
 from kvconnect.engine.llm import LLM
-from kvconnect.engine.request import RequestOutput, SamplingParams
+from kvconnect.engine.request import RequestOutput, SamplingParams, TokenOutput
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "TokenOutput"]

@@ -16,8 +16,9 @@ import torch
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
-from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams
+from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
 from kvconnect.engine.runner import ModelRunner
+from kvconnect.engine.sampling import choose_token
 from kvconnect.engine.scheduler import Batch, Scheduler
 from kvconnect.errors import Closed, ConfigError
 from kvconnect.options import ByteSize
@@ -51,6 +52,7 @@ class LLM:
         kv_cache_bytes: int | str = "512MiB",
         max_batch_tokens: int = 2048,
         max_num_seqs: int = 16,
+        num_ranks: int = 1,
         dtype: str | torch.dtype = "float32",
         model_id: str | None = None,
     ) -> None:
@@ -63,6 +65,8 @@ class LLM:
             kv_cache_bytes: Bytes of the paged cache, all layer groups together; ``"1GiB"`` or a number.
             max_batch_tokens: Tokens computed in one step; longer prompts are computed in chunks.
             max_num_seqs: Requests running at once.
+            num_ranks: Workers of the connector, each with its share of the KV heads, as under tensor parallelism; the
+                model itself runs once.
             dtype: ``"float32"`` or ``"bfloat16"``.
             model_id: An identity that replaces the digest of the weights in block keys.
 
@@ -76,7 +80,11 @@ class LLM:
             if dtype not in dtypes:
                 raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(dtypes)}")
             dtype = dtypes[dtype]
+        if num_ranks < 1:
+            raise ConfigError(f"num_ranks must be at least 1, not {num_ranks}")
         loaded = load_model(model, dtype=dtype, model_id=model_id)
+        if loaded.geometry.num_kv_heads % num_ranks:
+            raise ConfigError(f"{loaded.geometry.num_kv_heads} KV heads cannot be shared among {num_ranks} ranks")
         num_pages = ByteSize(kv_cache_bytes) // (loaded.geometry.bytes_per_token * block_size)
         if num_pages < 1:
             raise ConfigError(f"kv_cache_bytes={kv_cache_bytes!r} does not hold one block of {block_size} tokens")
@@ -91,13 +99,17 @@ class LLM:
         self._workers: list[WorkerDriver] = []
         if connector:
             self._leader, self._workers = open_connector(
-                connector, [self._cache.layout()], namespace=loaded.namespace, engine=ENGINE_CAPABILITIES
+                connector,
+                [self._cache.layout(rank, num_ranks) for rank in range(num_ranks)],
+                namespace=loaded.namespace,
+                engine=ENGINE_CAPABILITIES,
             )
         self._scheduler = Scheduler(
             self._cache, self._leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
         )
         self._runner = ModelRunner(loaded, self._cache, self._workers)
         self._ids = itertools.count()
+        self._requests: dict[str, EngineRequest] = {}
         self._closed = False
         self.num_unwritten = 0
 
@@ -121,24 +133,59 @@ class LLM:
             params = [params or SamplingParams()] * len(prompts)
         elif len(params) != len(prompts):
             raise ConfigError(f"{len(prompts)} prompts and {len(params)} sampling parameters")
-        requests = [
-            self._new_request(self._tokenize(prompt), each) for prompt, each in zip(prompts, params, strict=True)
-        ]
-        for request in requests:
-            self._scheduler.add(request)
+        ids = [self.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
         finished: dict[str, RequestOutput] = {}
         try:
-            while self._scheduler.has_requests:
+            while len(finished) < len(ids):
                 for output in self.step():
-                    finished[output.request_id] = output
-        except BaseException:
-            for request in requests:
-                self._scheduler.abort(request)
-            raise
-        return [finished[request.request_id] for request in requests]
+                    if output.finished is not None and output.request_id in ids:
+                        finished[output.request_id] = output.finished
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+        return [finished[request_id] for request_id in ids]
 
-    def step(self) -> list[RequestOutput]:
-        """Run one engine step; return the requests that it finished.
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[TokenOutput]:
+        """Complete one prompt and yield its tokens as they come; leaving the loop early aborts the request.
+
+        Raises:
+            ConfigError: As `add_request`.
+        """
+        request_id = self.add_request(prompt, params)
+        try:
+            while request_id in self._requests:
+                yield from (output for output in self.step() if output.request_id == request_id)
+        finally:
+            self.abort(request_id)
+
+    def add_request(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> str:
+        """Queue a prompt; `step` computes it together with what runs already.
+
+        Returns:
+            The id under which `step` tells of it.
+
+        Raises:
+            ConfigError: If the prompt is empty, too long for the pages or the model, or has ids out of the vocabulary.
+        """
+        request = self._new_request(self._tokenize(prompt), params or SamplingParams())
+        self._requests[request.request_id] = request
+        self._scheduler.add(request)
+        return request.request_id
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request at once, wherever it is.
+
+        Returns:
+            What it had generated; None for a request that is finished or unknown.
+        """
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            return None
+        self._scheduler.abort(request)
+        return request.output(self._decode(request.generated), "aborted")
+
+    def step(self) -> list[TokenOutput]:
+        """Run one engine step; return the tokens that it generated.
 
         Raises:
             Closed: After `close`.
@@ -261,23 +308,32 @@ class LLM:
         for request in {entry[0] for entry in batch.entries} - batch.rejected:
             self._scheduler.reset_request(batch, request)
 
-    def _finish_step(self, batch: Batch, logits: torch.Tensor) -> Iterator[RequestOutput]:
+    def _finish_step(self, batch: Batch, logits: torch.Tensor) -> Iterator[TokenOutput]:
         for row, (request, start, count) in zip(logits, batch.entries, strict=True):
-            if request not in batch.rejected:
-                yield from self._finish_entry(request, start, count, row)
+            if request in batch.rejected:
+                continue
+            self._scheduler.advance(request, start, count)
+            if request.num_computed == len(request.tokens):  # else a chunk of the prompt; its logits mean nothing
+                yield self._next_token(request, row)
 
-    def _finish_entry(
-        self, request: EngineRequest, start: int, count: int, row: torch.Tensor
-    ) -> Iterator[RequestOutput]:
-        self._scheduler.advance(request, start, count)
-        if request.num_computed < len(request.tokens):
-            return  # a chunk of the prompt; its logits mean nothing
-        token = int(row.argmax())
+    def _next_token(self, request: EngineRequest, logits: torch.Tensor) -> TokenOutput:
+        params = request.params
+        token = choose_token(logits, params.temperature, params.top_p, request.generator)
         request.append(token)
-        ended = token in self._eos and not request.params.ignore_eos
-        if ended or len(request.generated) >= request.params.max_tokens:
-            self._scheduler.finish(request)
-            yield request.output(self._decode(request.generated))
+        stopped = token in params.stop_token_ids or (token in self._eos and not params.ignore_eos)
+        text = ""
+        if params.stop and not stopped:
+            text = self._decode(request.generated)
+            found = [place for place in map(text.find, params.stop) if place >= 0]
+            stopped = bool(found)
+            text = text[: min(found)] if found else ""
+        if not stopped and len(request.generated) < params.max_tokens:
+            return TokenOutput(request_id=request.request_id, token_id=token)
+        self._scheduler.finish(request)
+        self._requests.pop(request.request_id, None)
+        whole = text if params.stop and stopped else self._decode(request.generated)
+        output = request.output(whole, "stop" if stopped else "length")
+        return TokenOutput(request_id=request.request_id, token_id=token, finished=output)
 
     def _tokenize(self, prompt: str | Sequence[int]) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -292,6 +348,8 @@ class LLM:
     def _new_request(self, prompt: Sequence[int], params: SamplingParams) -> EngineRequest:
         if not prompt:
             raise ConfigError("a prompt needs at least one token")
+        if params.stop and self.tokenizer is None:
+            raise ConfigError("stop texts need a tokenizer, and this model has none; give stop_token_ids")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise ConfigError(f"prompt token ids must lie in [0, {self._vocab_size})")
         total = len(prompt) + params.max_tokens

@@ -134,18 +134,30 @@ class PagedCache:
                 by_layer[layer] = LayerCache(key, value, group, window)
         self.layers = [by_layer[layer] for layer in sorted(by_layer)]
 
-    def layout(self) -> KVCacheLayout:
-        """Describe the tensors for a connector."""
+    def layout(self, rank: int = 0, num_ranks: int = 1) -> KVCacheLayout:
+        """Describe one rank's part of the tensors for a connector: its share of every page's KV heads.
+
+        Args:
+            rank: Whose part, in ``[0, num_ranks)``.
+            num_ranks: A divisor of the model's KV heads.
+        """
+        total = self._geometry.num_kv_heads
+        heads = (rank * total // num_ranks, (rank + 1) * total // num_ranks)
+        part = slice(*heads)
         groups = []
         for layers, window in zip(self._geometry.layers, self.windows, strict=True):
             regions = [
-                Region(tensor=tensor, axes=("token", "head", "dim"), layers=(layer,), roles=(role,))
+                Region(
+                    tensor=tensor[:, :, heads[0] : heads[1]],
+                    axes=("token", "head", "dim"),
+                    layers=(layer,),
+                    roles=(role,),
+                )
                 for layer in layers
                 for role, tensor in (("key", self.layers[layer].key), ("value", self.layers[layer].value))
             ]
             groups.append(LayerGroup(block_size=self.block_size, layers=layers, regions=tuple(regions), window=window))
-        heads = self._geometry.num_kv_heads
-        return KVCacheLayout(groups=tuple(groups), heads=(0, heads), total_heads=heads)
+        return KVCacheLayout(groups=tuple(groups), heads=heads, total_heads=total)
 
     def match(self, hashes: Sequence[BlockHash], limit: int) -> int:
         """Return how many of the first `limit` blocks lie in pages, as far as every group needs them."""

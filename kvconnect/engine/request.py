@@ -5,26 +5,38 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
+from kvconnect.engine.sampling import make_generator
 from kvconnect.errors import ConfigError
 from kvconnect.protocol import BlockChain, CacheUse, RequestView
 
-__all__ = ["EngineRequest", "RequestOutput", "SamplingParams"]
+__all__ = ["EngineRequest", "RequestOutput", "SamplingParams", "TokenOutput"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to decode; greedy.
+    """How to decode.
 
     Attributes:
         max_tokens: Tokens to generate at most; positive.
+        temperature: 0 is greedy; otherwise logits are divided by it before sampling.
+        top_p: Sample from the smallest set of best tokens whose probabilities reach it.
+        seed: Makes sampling repeatable, whatever else is in the batch; None for a fresh one each time.
+        stop_token_ids: Tokens that end the output; the one that did is its last.
+        stop: Texts that end the output; it is cut before them. Needs a tokenizer.
         ignore_eos: Go on after the end-of-sequence token.
         cache: What the request may do with the connector.
         cache_salt: Keeps this caller's blocks apart from others'.
     """
 
     max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     cache: CacheUse = "both"
     cache_salt: str | None = None
@@ -33,10 +45,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """Refuse what could not run.
 
         Raises:
-            ConfigError: If no token may be generated.
+            ConfigError: Names the field.
         """
         if self.max_tokens < 1:
             raise ConfigError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not all(self.stop):
+            raise ConfigError("a stop text must not be empty")
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +67,8 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
         reused_tokens: Prompt tokens whose KV was on the device.
         loaded_tokens: Prompt tokens whose KV came through the connector.
         token_ids: What was generated.
-        text: The same, decoded; ``""`` without a tokenizer.
+        text: The same, decoded, cut before a stop text; ``""`` without a tokenizer.
+        finish_reason: ``"length"``, ``"stop"``, or ``"aborted"``.
         ttft_s: Seconds from arrival to the first token.
     """
 
@@ -60,7 +79,22 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     loaded_tokens: int
     token_ids: list[int]
     text: str
+    finish_reason: Literal["length", "stop", "aborted"]
     ttft_s: float
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """One generated token, as it comes.
+
+    Attributes:
+        request_id: Whose it is.
+        token_id: The token.
+        finished: The whole result if this was the last token, else None.
+    """
+
+    request_id: str
+    token_id: int
+    finished: RequestOutput | None = None
 
 
 class EngineRequest:
@@ -76,6 +110,7 @@ class EngineRequest:
         num_loaded: And how many came through the connector.
         loading: Whether the step that runs loads for it.
         failed_loads: Loads that failed; after `MAX_FAILED_LOADS` the leader is not asked again.
+        generator: Where this request's randomness comes from.
         scheduled_before: Whether a step named it since it arrived or was reset.
     """
 
@@ -103,6 +138,7 @@ class EngineRequest:
         self.arrived_at = time.perf_counter()
         self.first_token_at = 0.0
         self.first_counts = (0, 0)
+        self.generator = make_generator(params.seed)
 
     def view(self) -> RequestView:
         """Return what a connector may know of it."""
@@ -135,7 +171,7 @@ class EngineRequest:
         """The tokens generated so far."""
         return self.tokens[self.num_prompt_tokens :].tolist()
 
-    def output(self, text: str) -> RequestOutput:
+    def output(self, text: str, finish_reason: Literal["length", "stop", "aborted"]) -> RequestOutput:
         """Return the result."""
         reused, loaded = self.first_counts
         return RequestOutput(
@@ -146,5 +182,6 @@ class EngineRequest:
             loaded_tokens=loaded,
             token_ids=self.generated,
             text=text,
-            ttft_s=self.first_token_at - self.arrived_at,
+            finish_reason=finish_reason,
+            ttft_s=(self.first_token_at or time.perf_counter()) - self.arrived_at,
         )

@@ -79,6 +79,36 @@ def test_fresh_engine_loads_what_another_computed(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_load_what_two_ranks_computed(tmp_path: Path, references: dict[str, Reference], family: str) -> None:
+    batch = prompts(5)
+    connector = ["host://?capacity=64MiB", f"disk://{tmp_path}/kv"]
+    expected = [references[family](prompt, 6) for prompt in batch]
+    cold, _ = run(make_model(family), connector, batch, num_ranks=2, max_batch_tokens=40)
+    warm, stats = run(make_model(family), connector, batch, num_ranks=2, max_batch_tokens=40)
+    assert [output.token_ids for output in cold] == [output.token_ids for output in warm] == expected
+    found = sum((output.loaded_tokens + output.reused_tokens) // 8 for output in warm)
+    assert found >= 0.9 * sum(len(prompt) // 8 for prompt in batch)
+    assert len(stats["workers"]) == 2
+    one, _ = run(make_model(family), connector, batch)  # its blocks hold all heads: other keys
+    assert [output.token_ids for output in one] == expected
+    assert all(output.loaded_tokens == 0 for output in one)
+
+
+def test_block_that_one_rank_cannot_load_is_loaded_by_none(use_store: Any, references: dict[str, Reference]) -> None:
+    batch = prompts(19)
+    store = dict_store()
+    run(make_model("llama"), use_store(store), batch, num_ranks=2)
+    shards = sorted({split_key(key)[3] for key in store.frames})
+    assert len(shards) == 2
+    for number, key in enumerate(sorted(store.frames)):
+        if split_key(key)[3] == shards[0] and number % 3 == 0:
+            store.frames[key] = store.frames[key][:-1] + b"?"
+    outputs, stats = run(make_model("llama"), use_store(store), batch, num_ranks=2)
+    assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
+    assert stats["leader"]["promote_failures"] > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_host_memory_brings_back_what_left_the_device(references: dict[str, Reference], family: str) -> None:
     batch = prompts(6)
     with LLM(make_model(family), "host://?capacity=64MiB", block_size=8) as llm:

@@ -143,6 +143,8 @@ def test_prompt_that_cannot_run_is_refused(llama: Any, prompt: list[int], params
     ("arguments", "error", "why"),
     [
         ({"block_size": 0}, ConfigError, "at least 1"),
+        ({"num_ranks": 3}, ConfigError, "2 KV heads cannot be shared among 3 ranks"),
+        ({"num_ranks": 0}, ConfigError, "num_ranks"),
         ({"dtype": "float16"}, ConfigError, "unknown dtype"),
         ({"kv_cache_bytes": 10}, ConfigError, "does not hold one block"),
         ({"model": "/nowhere"}, ConfigError, "no config.json"),
