@@ -148,7 +148,7 @@ class PagedCache:
         for layers, window in zip(self._geometry.layers, self.windows, strict=True):
             regions = [
                 Region(
-                    tensor=tensor[:, :, heads[0] : heads[1]],
+                    tensor=tensor[:, :, part],
                     axes=("token", "head", "dim"),
                     layers=(layer,),
                     roles=(role,),
