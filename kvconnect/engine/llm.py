@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import msgspec
 import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
@@ -53,6 +54,7 @@ class LLM:
         max_batch_tokens: int = 2048,
         max_num_seqs: int = 16,
         num_ranks: int = 1,
+        async_load: bool = False,
         dtype: str | torch.dtype = "float32",
         model_id: str | None = None,
     ) -> None:
@@ -67,6 +69,8 @@ class LLM:
             max_num_seqs: Requests running at once.
             num_ranks: Workers of the connector, each with its share of the KV heads, as under tensor parallelism; the
                 model itself runs once.
+            async_load: Park requests while their blocks come up from stores, instead of asking again until they lie in
+                host memory.
             dtype: ``"float32"`` or ``"bfloat16"``.
             model_id: An identity that replaces the digest of the weights in block keys.
 
@@ -102,7 +106,7 @@ class LLM:
                 connector,
                 [self._cache.layout(rank, num_ranks) for rank in range(num_ranks)],
                 namespace=loaded.namespace,
-                engine=ENGINE_CAPABILITIES,
+                engine=msgspec.structs.replace(ENGINE_CAPABILITIES, async_load=async_load),
             )
         self._scheduler = Scheduler(
             self._cache, self._leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
@@ -222,6 +226,7 @@ class LLM:
             "pages": self._num_pages,
             "preemptions": self._scheduler.num_preemptions,
             "lost_saves": self._scheduler.num_lost_saves,
+            "lost_loads": self._scheduler.num_lost_loads,
             "unwritten_kv_seen": self.num_unwritten,
         }
         if self._leader is not None:
@@ -267,15 +272,20 @@ class LLM:
         """Let saves read the pages, take what failed, and let the leader commit the rest."""
         bad_pages: list[set[int]] | None = [set() for _ in self._cache.pools]
         reports = []
+        loaded: list[frozenset[str]] = []
         newly_saving = self._scheduler.take_newly_saving()
         for rank, worker in enumerate(self._workers):
             worker.wait_for_save()
             finished = worker.get_finished(newly_saving)
             self._scheduler.saves_ended(rank, finished.saved, num_ranks=len(self._workers))
+            loaded.append(finished.loaded)
             failed = worker.get_block_ids_with_load_errors()
             bad_pages = None if failed is None or bad_pages is None else _union(bad_pages, failed)
             reports.append(worker.build_worker_report())
         leader.update_connector_output(reports)
+        self._scheduler.note_bad_pages(bad_pages)
+        for rank, request_ids in enumerate(loaded):
+            self._scheduler.loads_ended(rank, request_ids, num_ranks=len(self._workers))
         self._scheduler.reject_failed_loads(batch, bad_pages)
 
     def _unwritten(self, batch: Batch, logits: torch.Tensor | None) -> set[EngineRequest]:

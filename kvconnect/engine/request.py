@@ -109,6 +109,10 @@ class EngineRequest:
         num_reused: Of those computed when it was scheduled first, how many were on the device.
         num_loaded: And how many came through the connector.
         loading: Whether the step that runs loads for it.
+        bad_blocks: Blocks of its asynchronous load that did not arrive.
+        ranks_loaded: Ranks that have said that its asynchronous load ended.
+        aborted: Whether it was aborted while it was parked.
+        give_up_at: Monotonic time after which its asynchronous load is not waited for, 0 while there is none.
         failed_loads: Loads that failed; after `MAX_FAILED_LOADS` the leader is not asked again.
         generator: Where this request's randomness comes from.
         scheduled_before: Whether a step named it since it arrived or was reset.
@@ -133,6 +137,10 @@ class EngineRequest:
         self.num_reused = 0
         self.num_loaded = 0
         self.loading = False
+        self.bad_blocks: set[int] = set()
+        self.ranks_loaded: set[int] = set()
+        self.aborted = False
+        self.give_up_at = 0.0
         self.failed_loads = 0
         self.scheduled_before = False
         self.arrived_at = time.perf_counter()
@@ -164,6 +172,8 @@ class EngineRequest:
         self.num_reused = self.num_loaded = 0
         self.num_told = len(self.tokens)
         self.loading = False
+        self.bad_blocks = set()
+        self.ranks_loaded = set()
         self.scheduled_before = False
 
     @property

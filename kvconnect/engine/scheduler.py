@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 # A connector that never reports a save may keep pages this long; then another request needs them more.
 _SAVE_DEADLINE_S = 30.0
 
+# And one that never reports a load may keep its pages for good, but not the request: that is computed in other pages.
+_LOAD_DEADLINE_S = 60.0
+
 
 class _Saving(NamedTuple):
     tables: list[list[int]]
@@ -69,6 +72,9 @@ class Scheduler:
         """Start with no requests."""
         self.waiting: deque[EngineRequest] = deque()
         self.running: list[EngineRequest] = []
+        self.parked: dict[str, EngineRequest] = {}
+        self.num_lost_loads = 0
+        self._orphans: dict[str, tuple[list[list[int]], set[int]]] = {}  # pages that a load may still write to
         self.num_preemptions = 0
         self.num_lost_saves = 0
         self._saving: dict[str, _Saving] = {}
@@ -82,7 +88,7 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.parked)
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request and tell the leader."""
@@ -167,6 +173,10 @@ class Scheduler:
                 self._leader.request_finished(request.view(), request.tables)
         elif request in self.running:
             self.finish(request)
+        elif request.request_id in self.parked:  # its pages are free when the load has ended
+            request.aborted = True
+            if self._leader is not None:
+                self._leader.request_finished(request.view(), request.tables)
 
     def take_newly_saving(self) -> frozenset[str]:
         """Return the requests that ended since the last call and whose pages wait for their saves."""
@@ -218,16 +228,20 @@ class Scheduler:
     def _admit(self, batch: Batch, budget: int) -> None:
         """Schedule waiting requests while there are tokens, pages and seats."""
         for request in list(self.waiting):
-            if not budget or len(self.running) >= self._max_num_seqs:
+            if not budget or len(self.running) + len(self.parked) >= self._max_num_seqs:
                 return
             block_size = self._cache.block_size
             matched = self._cache.match(request.chain.hashes, (len(request.tokens) - 1) // block_size)
-            loaded = 0
+            loaded, parks = 0, False
             if self._leader is not None and request.failed_loads < request.MAX_FAILED_LOADS:
                 offer = self._leader.get_num_new_matched_tokens(request.view(), matched * block_size)
                 if offer.num_tokens is None:
                     continue  # ask again next step; those behind it need not wait
-                loaded = offer.num_tokens
+                loaded, parks = offer.num_tokens, offer.load_async
+            if parks:
+                if not self._park(batch, request, matched, loaded):
+                    return
+                continue
             admitted = self._allocate(request, matched, loaded, budget)
             if admitted is None:
                 return
@@ -242,6 +256,91 @@ class Scheduler:
             self.running.append(request)
             self._enter(batch, request, computed, count, fresh)
             budget -= count
+
+    def _park(self, batch: Batch, request: EngineRequest, matched: int, loaded: int) -> bool:
+        """Give a waiting request the pages of an asynchronous load, and wait; False if there are too few pages."""
+        computed = matched * self._cache.block_size + loaded
+        fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed)
+        if fresh is None:
+            return False
+        assert self._leader is not None, "only a leader offers asynchronous loads"
+        self.waiting.remove(request)
+        request.num_reused = matched * self._cache.block_size
+        request.num_loaded = loaded
+        request.give_up_at = time.monotonic() + _LOAD_DEADLINE_S
+        for pages, taken in zip(batch.fresh, fresh, strict=True):
+            pages += taken
+        if self._leader.update_state_after_alloc(request.view(), request.tables, loaded):
+            self.parked[request.request_id] = request
+        else:  # the leader failed: nothing will be loaded
+            self._cache.release_all(request.tables)
+            request.reset()
+            request.failed_loads += 1
+            self.waiting.appendleft(request)
+        return True
+
+    def note_bad_pages(self, bad_pages: Sequence[set[int]] | None) -> None:
+        """Remember which blocks of parked requests did not arrive in this step; the leader names lost ones itself."""
+        for request in self.parked.values() if bad_pages is not None else ():
+            for pages, table in zip(bad_pages or (), request.tables, strict=True):
+                request.bad_blocks.update(block for block, page in enumerate(table) if page in pages)
+
+    def loads_ended(self, rank: int, request_ids: frozenset[str], *, num_ranks: int) -> None:
+        """Take what one rank says of asynchronous loads that ended; a request goes on when every rank has said so."""
+        for request_id in request_ids:
+            if request_id in self._orphans:
+                tables, ranks = self._orphans[request_id]
+                ranks.add(rank)
+                if len(ranks) == num_ranks:
+                    self._cache.release_all(tables)
+                    del self._orphans[request_id]
+            elif request_id in self.parked:
+                self.parked[request_id].ranks_loaded.add(rank)
+        now = time.monotonic()
+        for request in list(self.parked.values()):
+            if len(request.ranks_loaded) == num_ranks:
+                del self.parked[request.request_id]
+                self._unpark(request)
+            elif now > request.give_up_at:
+                del self.parked[request.request_id]
+                self._orphan(request)
+
+    def _unpark(self, request: EngineRequest) -> None:
+        """Go on with what arrived before the first bad block."""
+        if request.aborted:
+            self._cache.release_all(request.tables)
+            return
+        size = self._cache.block_size
+        arrived = request.num_reused + request.num_loaded
+        if request.bad_blocks:
+            arrived = max(request.num_reused, min(request.bad_blocks) * size)
+            request.failed_loads += 1
+            if any(window is not None for window in self._cache.windows):
+                # pages for a shorter prefix's window were never asked for: begin again with what is on the device
+                self._cache.release_all(request.tables)
+                request.reset()
+                self.waiting.appendleft(request)
+                if self._leader is not None:
+                    self._leader.request_reset(request.view())
+                return
+        request.num_loaded = arrived - request.num_reused
+        request.num_computed = arrived
+        request.num_named = request.num_reused // size
+        self.running.append(request)
+
+    def _orphan(self, request: EngineRequest) -> None:
+        """Compute a request in other pages: its load did not end in time, and may still write to those it has."""
+        self.num_lost_loads += 1
+        logger.warning("kvconnect: the load of %s did not end in time; it is computed instead", request.request_id)
+        self._orphans[request.request_id] = (request.tables, request.ranks_loaded)
+        request.tables = [[] for _ in request.tables]
+        if request.aborted:
+            return
+        request.reset()
+        request.failed_loads = request.MAX_FAILED_LOADS
+        self.waiting.appendleft(request)
+        if self._leader is not None:
+            self._leader.request_reset(request.view())
 
     def _allocate(
         self, request: EngineRequest, matched: int, loaded: int, budget: int

@@ -49,15 +49,17 @@ class StepOutcome:
         committed: Entries whose bytes are in their slot on every rank.
         voided: Entries to forget.
         loaded: Loads whose claims end.
+        lost: Loads of a step that failed as a whole, by request.
     """
 
-    __slots__ = ("committed", "loaded", "voided")
+    __slots__ = ("committed", "loaded", "lost", "voided")
 
     def __init__(self) -> None:
         """Start empty."""
         self.committed: list[Entry] = []
         self.voided: list[Entry] = []
         self.loaded: list[Entry] = []
+        self.lost: list[tuple[RequestState, list[PlannedLoad]]] = []
 
 
 class StepLedger:
@@ -107,6 +109,10 @@ class StepLedger:
         """Say whether `rank` has an open step before `step`: reports come in order, so that one will never come."""
         return any(number < step and rank in opened.waiting for number, opened in self._open.items())
 
+    def loads_open(self, request_id: str) -> bool:
+        """Say whether a step is open in which the request loads."""
+        return any(request.request_id == request_id for opened in self._open.values() for request, _ in opened.loads)
+
     def void_open_steps(self) -> None:
         """Commit nothing of the steps that are open now."""
         for opened in self._open.values():
@@ -136,6 +142,8 @@ class StepLedger:
         outcome = StepOutcome()
         for request, loads in opened.loads:
             outcome.loaded += [load.entry for load in loads if load.entry is not None]
+            if opened.void:
+                outcome.lost.append((request, loads))
             if opened.void or request.request_id in opened.failed:
                 request.void_until = self._last_step  # later steps that are planned already stand on this one
         for request, entries in opened.saves:

@@ -20,6 +20,7 @@ from kvconnect.leader.base import Leader
 from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.ledger import OpenStep, StepLedger
 from kvconnect.leader.lookup import Presence, StoreLookup
+from kvconnect.leader.parked import ParkedLoad
 from kvconnect.leader.promotion import TierTraffic
 from kvconnect.leader.request import PlannedLoad, RequestState
 from kvconnect.protocol import (
@@ -67,6 +68,7 @@ class OffloadLeader(Leader):
         self._epoch = b""
         self._off = "no handshake yet"
         self._requests: dict[str, RequestState] = {}
+        self._parked: dict[str, ParkedLoad] = {}
         self._counts: Counter[str] = Counter()
         self._presence = Presence(len(context.tiers), _MAX_BELIEFS)
         self._lookup = StoreLookup(context.tiers, self._presence)
@@ -146,13 +148,15 @@ class OffloadLeader(Leader):
         limit = (len(request.tokens) - 1) // self._block_size  # leaves a token to compute
         if limit <= first:
             return Match(0, False)
+        state.parked = False
         ready = self._num_ready(chain, first, limit)
         if ready < limit and self._lookup.readable and self._context.engine.can_ask_again:
             if self._must_wait(state, chain, first, ready, limit):
                 self._counts["asked_again"] += 1
                 return Match(None, False)
-            ready = self._num_ready(chain, first, limit)
-        return Match((ready - first) * self._block_size, False)
+            ready, now = self._num_loadable(state, chain, first, limit), self._num_ready(chain, first, limit)
+            state.parked = ready > now
+        return Match((ready - first) * self._block_size, state.parked)
 
     def update_state_after_alloc(
         self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
@@ -166,6 +170,10 @@ class OffloadLeader(Leader):
         held, state.held = state.held, []
         if num_external_tokens and state.chain is not None:
             end = state.first + num_external_tokens // self._block_size
+            if state.parked:
+                self._park(state, block_ids, end)
+                self._index.release_chain(held)
+                return
             for group, table in enumerate(block_ids):
                 for ordinal in range(state.first, end):
                     if table[ordinal] >= 0:
@@ -192,6 +200,8 @@ class OffloadLeader(Leader):
         state = self._requests.pop(request.request_id, None)
         if state is not None:
             self._drop(state)
+            if request.request_id in self._parked:  # its pages are free when the plan that says so is reported
+                self._parked[request.request_id].drop()
         return False
 
     def request_reset(self, request: RequestView) -> None:
@@ -215,6 +225,7 @@ class OffloadLeader(Leader):
         opened = self._ledger.open(scheduler_output.step)
         ids: dict[str, int] = {}
         loads, fails = self._plan_loads(opened, ids)
+        ends = self._plan_parked(opened, ids, loads, fails)
         saves: list[Move] = []
         for scheduled in (*scheduler_output.new_requests, *scheduler_output.cached_requests):
             saves += self._plan_saves(opened, ids, scheduled)
@@ -228,6 +239,8 @@ class OffloadLeader(Leader):
             promotes=PackedMoves.pack(opened.promotes),
             demotes=PackedMoves.pack(opened.demotes),
             fails=PackedMoves.pack(fails),
+            parked=tuple(self._parked),
+            ends=ends,
         ).encode()
 
     def update_connector_output(self, reports: Sequence[bytes]) -> None:
@@ -251,7 +264,7 @@ class OffloadLeader(Leader):
 
     def has_pending_work(self) -> bool:
         """Keep the engine stepping while blocks move between arena and stores."""
-        return bool(self._traffic.busy or self._lookup.num_pending or len(self._ledger))
+        return bool(self._traffic.busy or self._lookup.num_pending or self._parked or len(self._ledger))
 
     # -- whole cache ---------------------------------------------------------------------------------------------
 
@@ -322,6 +335,49 @@ class OffloadLeader(Leader):
         ]
         return longest_match(present, self._block_size, self._windows, first, limit)
 
+    def _num_loadable(self, state: RequestState, chain: BlockChain, first: int, limit: int) -> int:
+        """Return how many blocks could be at hand: those in the arena, and with asynchronous loads those in stores."""
+        ready = self._num_ready(chain, first, limit)
+        if not self._context.engine.async_load:
+            return ready
+        return max(ready, self._blocks_below(state, chain, first, ready, limit)[2])
+
+    def _park(self, state: RequestState, block_ids: Sequence[Sequence[int]], end: int) -> None:
+        """Take on the load of a request that the engine parks."""
+        blocks = [
+            (group, ordinal, table[ordinal])
+            for ordinal in range(state.first, end)
+            for group, table in enumerate(block_ids)
+            if table[ordinal] >= 0
+        ]
+        patience_s = max(tier.use.timeout_s for tier in self._context.tiers) * 2
+        self._parked[state.request_id] = ParkedLoad(state, blocks, patience_s)
+        self._counts["parked_loads"] += 1
+
+    def _plan_parked(
+        self, opened: OpenStep, ids: dict[str, int], loads: list[Move], fails: list[Move]
+    ) -> tuple[str, ...]:
+        """Add what parked requests load in this step; return those whose load it ends."""
+        ends: list[str] = []
+        for request_id, parked in self._parked.items():
+            if parked.ended:
+                continue  # until the step that ends it is reported
+            state = parked.request
+            now, never = parked.plan(self._index, self._traffic)
+            self._index.release_chain(state.held)  # what came up is claimed by its load now
+            state.held = []
+            request = ids.setdefault(request_id, len(ids))
+            for planned, moves in ((now, loads), (never, fails)):
+                for load in planned:
+                    slot = -1 if load.entry is None else load.entry.slot
+                    moves.append(Move(load.block_hash, load.group, slot, load.block_id, request, load.ordinal))
+            opened.loads.append((state, now + never))
+            self._counts["load_blocks"] += len(now)
+            self._counts["load_blocks_missing"] += len(never)
+            if parked.ended:
+                ends.append(request_id)
+        return tuple(ends)
+
     def _must_wait(self, state: RequestState, chain: BlockChain, first: int, ready: int, limit: int) -> bool:
         """Start what would make the match longer than `ready`; say whether it is worth asking again."""
         if not state.looked_up:
@@ -334,21 +390,27 @@ class OffloadLeader(Leader):
                 shards=self._shards,
                 stop_early=stop_early,
             )
-        if self._lookup.is_pending(state.request_id) or self._traffic.waits(state):
+        if self._lookup.is_pending(state.request_id):
+            return True
+        if self._context.engine.async_load:
+            return False  # what lies in stores is offered, and comes up while the request is parked
+        if self._traffic.waits(state):
             return True
         if state.give_up_at and time.monotonic() >= state.give_up_at:
             return False  # it has waited long enough; what still comes up serves others
-        wanted, coming = self._blocks_below(state, chain, first, ready, limit)
+        wanted, coming, _ = self._blocks_below(state, chain, first, ready, limit)
         if wanted or coming:
             self._traffic.want(state, wanted, coming)
         return bool(wanted or coming)
 
     def _blocks_below(
         self, state: RequestState, chain: BlockChain, first: int, ready: int, limit: int
-    ) -> tuple[list[tuple[int, int, int]], list[Entry]]:
-        """Return what would make the match longer: (tier, group, ordinal) in stores, and entries on their way up.
+    ) -> tuple[list[tuple[int, int, int]], list[Entry], int]:
+        """Return what would make the match longer, and how long it would be.
 
-        The latter are another request's promotions, which serve this one too.
+        Returns:
+            (tier, group, ordinal) of blocks in stores; entries on their way up, another request's promotions that serve
+            this one too; the number of blocks that would be at hand.
         """
         sources: list[list[int]] = []  # by group and block: -2 in the arena, -1 nowhere, else the tier
         coming: dict[tuple[int, int], Entry] = {}
@@ -370,7 +432,7 @@ class OffloadLeader(Leader):
         present = [[source != -1 for source in row] for row in sources]
         best = longest_match(present, self._block_size, self._windows, first, limit)
         if best <= ready:
-            return [], []
+            return [], [], ready
         needed = [
             (group, ordinal)
             for ordinal in range(first, best)
@@ -380,7 +442,7 @@ class OffloadLeader(Leader):
         wanted = [
             (sources[group][ordinal], group, ordinal) for group, ordinal in needed if sources[group][ordinal] >= 0
         ]
-        return wanted, [coming[place] for place in needed if place in coming]
+        return wanted, [coming[place] for place in needed if place in coming], best
 
     def _claim_load(self, chain: BlockChain, group: int, ordinal: int, block_id: int) -> PlannedLoad:
         block_hash = chain.hashes[ordinal]
@@ -471,6 +533,12 @@ class OffloadLeader(Leader):
         outcome = self._ledger.report(rank, report)
         if outcome is None:
             return
+        for state, lost in outcome.lost:
+            if state.request_id in self._parked:
+                self._parked[state.request_id].fail_again(lost)
+        for request_id in [name for name, parked in self._parked.items() if parked.ended]:
+            if not self._ledger.loads_open(request_id):
+                del self._parked[request_id]
         for entry in outcome.voided:
             self._index.void(entry)
         for entry in outcome.committed:

@@ -93,6 +93,8 @@ class TierTraffic:
                 entry = self._index.reserve(block_hash, group, State.PROMOTING)
                 if entry is None:
                     self.no_slot += len(request.wanted) - position
+                    if request.parked:  # it has pages and time: the next round will ask again
+                        request.tried.difference_update(request.wanted[position:])
                     break
                 entry.waiting = set(range(self._num_ranks))
                 entry.source = tier

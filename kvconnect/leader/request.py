@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kvconnect.leader.index import BlockIndex, Entry
-from kvconnect.protocol import BlockChain, RequestView
+from kvconnect.protocol import BlockChain, BlockHash, RequestView
 
 __all__ = ["PlannedLoad", "RequestState"]
 
@@ -13,7 +13,7 @@ class PlannedLoad:
 
     __slots__ = ("block_hash", "block_id", "entry", "group", "ordinal")
 
-    def __init__(self, entry: Entry | None, block_hash: bytes, group: int, ordinal: int, block_id: int) -> None:
+    def __init__(self, entry: Entry | None, block_hash: BlockHash, group: int, ordinal: int, block_id: int) -> None:
         """Bind a block to the page that it goes to."""
         self.entry = entry
         self.block_hash = block_hash
@@ -33,6 +33,7 @@ class RequestState:
         first: Block from which the last offer counted.
         next_save: First block that was not yet considered for saving.
         loads: Loads for the next plan.
+        parked: Whether the request was offered an asynchronous load, and waits for it once it has pages.
         looked_up: Whether the stores were asked about its blocks.
         tried: Promotions asked for already, (tier, group, block): each is tried once.
         wanted: Blocks to promote in the next plan, (tier, group, block ordinal).
@@ -50,6 +51,7 @@ class RequestState:
         "loads",
         "looked_up",
         "next_save",
+        "parked",
         "promoting",
         "reads",
         "request_id",
@@ -68,6 +70,7 @@ class RequestState:
         self.first = 0
         self.next_save = 0
         self.loads: list[PlannedLoad] = []
+        self.parked = False
         self.looked_up = False
         self.tried: set[tuple[int, int, int]] = set()
         self.wanted: list[tuple[int, int, int]] = []

@@ -118,6 +118,8 @@ class Plan(_Message, frozen=True, array_like=True):
         demotes: Slot to store, in the background; the slots are committed.
         drops: Blocks to remove from a store (`target` is the tier).
         fails: Loads that the leader knows cannot be made; the worker reports them like its own failures.
+        parked: Requests with an asynchronous load.
+        ends: Those of them whose asynchronous load is complete with this plan's loads, or given up.
     """
 
     KIND: ClassVar[bytes] = b"P"
@@ -130,6 +132,8 @@ class Plan(_Message, frozen=True, array_like=True):
     demotes: PackedMoves = PackedMoves()
     drops: PackedMoves = PackedMoves()
     fails: PackedMoves = PackedMoves()
+    parked: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
 
 
 class LoadError(msgspec.Struct, frozen=True, array_like=True):

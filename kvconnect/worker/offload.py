@@ -17,6 +17,7 @@ from typing import Any
 from kvconnect.log import FailureLog
 from kvconnect.protocol import (
     BlockKey,
+    Finished,
     Handshake,
     KVCacheLayout,
     LoadError,
@@ -45,11 +46,13 @@ class _Step:
         "bad_pages",
         "demotes",
         "drops",
+        "ends",
         "failed_saves",
         "fails",
         "load_errors",
         "loads",
         "number",
+        "parked",
         "promotes",
         "request_ids",
         "saves",
@@ -69,6 +72,8 @@ class _Step:
         self.promotes = plan.promotes.unpack()
         self.demotes = plan.demotes.unpack()
         self.drops = plan.drops.unpack()
+        self.parked = frozenset(plan.parked)
+        self.ends = plan.ends
         self.load_errors: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.bad_pages: list[set[int]] = [set() for _ in range(num_groups)]
         self.failed_saves: list[int] = []
@@ -103,6 +108,7 @@ class OffloadWorker(Worker):
         self._namespace = b""
         self._held: dict[int, tuple[int, bytes, str]] = {}  # slot -> group, hash and order of what lies in it
         self._endings = Endings()
+        self._failed_requests: set[str] = set()  # with an asynchronous load of which some block failed
         self._promoting: dict[int, tuple[int, bytes]] = {}  # slot -> group and hash of what is on its way up
         self._counts: Counter[str] = Counter()
         self._log = FailureLog(logger)
@@ -195,6 +201,13 @@ class OffloadWorker(Worker):
                 self._held[move.slot] = (group, move.block_hash, self._orders[group])
             self._counts["saved_blocks"] += len(moves)
         self._counts["save_us"] += round((time.perf_counter() - started) * 1e6)
+
+    def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
+        """Name the requests whose asynchronous load ended with this step's plan; saves are never asynchronous."""
+        loaded, self._now.ends = frozenset(self._now.ends), ()
+        failed = loaded & self._failed_requests
+        self._failed_requests -= loaded
+        return Finished(frozenset(), loaded, failed)
 
     def get_block_ids_with_load_errors(self) -> list[set[int]]:
         """Return the pages of this step's failed loads, by group."""
@@ -293,7 +306,10 @@ class OffloadWorker(Worker):
             self._counts["load_us"] += round((time.perf_counter() - started) * 1e6)
 
     def _load_failed(self, move: Move) -> None:
-        self._now.load_errors[self._now.request_ids[move.request], move.group].append(move.ordinal)
+        request_id = self._now.request_ids[move.request]
+        if request_id in self._now.parked:
+            self._failed_requests.add(request_id)
+        self._now.load_errors[request_id, move.group].append(move.ordinal)
         self._now.bad_pages[move.group].add(move.target)
         self._counts["load_errors"] += 1
 

@@ -60,16 +60,17 @@ def threads_of_ours() -> set[int | None]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_batch_tokens", [2048, 40])
-@pytest.mark.parametrize("codec", ["none", "zstd"])
+@pytest.mark.parametrize(("codec", "async_load"), [("none", False), ("zstd", False), ("none", True)])
 def test_fresh_engine_loads_what_another_computed(
-    tmp_path: Path, references: dict[str, Reference], family: str, max_batch_tokens: int, codec: str
+    tmp_path: Path, references: dict[str, Reference], family: str, max_batch_tokens: int, codec: str, async_load: bool
 ) -> None:
     batch = prompts(5)
     connector = ["host://?capacity=64MiB", f"disk://{tmp_path}/kv?codec={codec}"]
     expected = [references[family](prompt, 6) for prompt in batch]
     before = threads_of_ours()
     cold, _ = run(make_model(family), connector, batch, max_batch_tokens=max_batch_tokens)
-    warm, stats = run(make_model(family), connector, batch, max_batch_tokens=max_batch_tokens)
+    options = {"max_batch_tokens": max_batch_tokens, "async_load": async_load}
+    warm, stats = run(make_model(family), connector, batch, **options)
     assert [output.token_ids for output in cold] == [output.token_ids for output in warm] == expected
     assert all(output.loaded_tokens == 0 for output in cold)
     found = sum((output.loaded_tokens + output.reused_tokens) // 8 for output in warm)
@@ -128,6 +129,83 @@ def test_arena_smaller_than_a_prompt_loads_what_fits(tmp_path: Path, references:
     (output,), _ = run(make_model("llama"), small, [prompt])
     assert output.token_ids == references["llama"](prompt, 6)
     assert 0 < output.loaded_tokens <= 80
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_load_larger_than_the_arena_runs_in_rounds(
+    tmp_path: Path, references: dict[str, Reference], family: str, num_ranks: int
+) -> None:
+    batch = [prompt * 3 for prompt in prompts(20, count=4)]
+    connector = f"disk://{tmp_path}/kv"
+    run(make_model(family), connector, batch, num_ranks=num_ranks)
+    small = ["host://?capacity=160KiB", connector]
+    outputs, stats = run(make_model(family), small, batch, num_ranks=num_ranks, async_load=True)
+    assert [output.token_ids for output in outputs] == [references[family](prompt, 6) for prompt in batch]
+    assert stats["leader"]["arena"]["slots"] < max(len(prompt) for prompt in batch) // 8
+    found = sum((output.loaded_tokens + output.reused_tokens) // 8 for output in outputs)
+    assert found >= 0.9 * sum(len(prompt) // 8 for prompt in batch)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_abort_while_loading_frees_pages_when_the_load_has_ended(
+    use_store: Any, references: dict[str, Reference], seed: int
+) -> None:
+    batch = prompts(21)
+    store = dict_store()
+    run(make_model("llama"), use_store(store), batch)
+
+    def slow(self: Any, keys: Any, buffers: Any) -> Any:
+        threading.Event().wait(0.02)
+        return DictStore.read(self, keys, buffers)
+
+    rng = random.Random(seed)
+    with LLM(
+        make_model("llama"), use_store(dict_store(read=slow, frames=store.frames)), block_size=8, async_load=True
+    ) as llm:
+        ids = [llm.add_request(prompt, PARAMS) for prompt in batch]
+        while not llm._scheduler.parked:
+            llm.step()
+        for request_id in rng.sample(ids, 3):
+            parked = request_id in llm._scheduler.parked
+            assert llm.abort(request_id) is not None
+            ids.remove(request_id)
+            assert not parked or llm._cache.pools[0].num_held > 0
+        finished = {}
+        while llm._scheduler.has_requests or llm._has_connector_work():
+            for output in llm.step():
+                finished[output.request_id] = output.finished
+        numbers = {request_id: int(request_id.split("-")[1]) for request_id in ids}
+        for request_id, number in numbers.items():
+            done = finished[request_id]
+            assert done is not None
+            assert done.token_ids == references["llama"](batch[number], 6)
+        check_pages(llm)
+        assert llm.get_stats()["leader"]["arena"]["claimed"] == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_failed_parked_load_goes_on_with_what_arrived(
+    use_store: Any, references: dict[str, Reference], family: str
+) -> None:
+    prompt = prompts(22, count=1)[0] * 10
+    store = dict_store()
+    run(make_model(family), use_store(store), [prompt])
+
+    def forgetful(self: Any, keys: Any, buffers: Any) -> Any:
+        lengths = DictStore.read(self, keys, buffers)
+        return [None if key == bad else length for key, length in zip(keys, lengths, strict=True)]
+
+    with LLM(make_model(family), use_store(store), block_size=8) as llm:
+        request = llm._new_request(prompt, PARAMS)
+        wanted = request.chain.hashes[len(prompt) // 8 - 2]
+    bad = next(key for key in store.frames if split_key(key)[1] == wanted)
+    broken = dict_store(read=forgetful, frames=dict(store.frames))
+    (output,), stats = run(make_model(family), use_store(broken), [prompt], async_load=True)
+    assert output.token_ids == references[family](prompt, 6)
+    assert stats["workers"][0]["load_errors"] > 0
+    if family in ("llama", "qwen3"):
+        assert output.loaded_tokens == (len(prompt) // 8 - 2) * 8
 
 
 def test_preempted_requests_with_a_connector_say_the_same(tmp_path: Path, references: dict[str, Reference]) -> None:
@@ -250,17 +328,18 @@ MISBEHAVING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("async_load", [False, True])
 @pytest.mark.parametrize("name", MISBEHAVING)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a close that raises
 def test_store_that_misbehaves_costs_speed_and_no_token(
-    use_store: Any, references: dict[str, Reference], name: str
+    use_store: Any, references: dict[str, Reference], name: str, async_load: bool
 ) -> None:
     batch = prompts(9)
     healthy = dict_store()
     run(make_model("llama"), use_store(healthy), batch)
     assert healthy.frames
     bad = dict_store(**MISBEHAVING[name], frames=dict(healthy.frames))
-    outputs, stats = run(make_model("llama"), use_store(bad), batch)
+    outputs, stats = run(make_model("llama"), use_store(bad), batch, async_load=async_load)
     assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
     counted = stats["leader"]["lookup_failures"] + stats["leader"]["promote_failures"]
     counted += stats["leader"]["demote_failures"] + sum(stats["workers"][0]["failures"].values())
