@@ -241,18 +241,22 @@ class WorkerDriver(_Driver):
     def wait_for_layer_load(self, layer: int) -> None:
         """Wait until `layer` may be attended to."""
         if self._bound:
+            started = time.perf_counter()
             try:
                 self._wait_layer(layer)
             except Exception as error:
                 self._step_failed("wait_for_layer_load", error)
+            self.seconds_in_hooks += time.perf_counter() - started
 
     def save_kv_layer(self, layer: int) -> None:
         """Tell that `layer`'s KV is in the pages."""
         if self._bound:
+            started = time.perf_counter()
             try:
                 self._save_layer(layer)
             except Exception as error:
                 self._step_failed("save_kv_layer", error)
+            self.seconds_in_hooks += time.perf_counter() - started
 
     def wait_for_save(self) -> None:
         """Wait until the pages may be written again."""
