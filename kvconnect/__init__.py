@@ -6,7 +6,7 @@ torch: `Leader`, `LLM`, `SamplingParams` and `Worker` are loaded when they are f
 
 from typing import TYPE_CHECKING, Any
 
-from kvconnect.options import ByteSize, Options, Secret
+from kvconnect.options import ByteSize, Options, Secret, specs_from_toml
 from kvconnect.protocol import Capabilities, Connector, EngineCapabilities, LeaderContext, WorkerContext, hookimpl
 from kvconnect.store import BlockStore, StoreCapabilities, StoreContext, WrapperStore
 
@@ -33,6 +33,7 @@ __all__ = [
     "WorkerContext",
     "WrapperStore",
     "hookimpl",
+    "specs_from_toml",
 ]
 
 _LAZY = {

@@ -343,7 +343,7 @@ def open_leader(
     namespace.digest(block_size)  # a model without identity is refused here, not at the first block
     context = LeaderContext(namespace=namespace, engine=engine, num_ranks=num_ranks, tiers=resolved.tiers)
     wrappers = (registry or load_registry()).load_wrappers("leader")
-    leader = resolved.connector.make_leader(resolved.options, context)
+    leader = _make("leader", resolved, context)
     return LeaderDriver(leader, block_size=block_size, async_load=engine.async_load, wrappers=wrappers)
 
 
@@ -371,8 +371,17 @@ def open_worker(
         tiers=resolved.tiers,
     )
     wrappers = (registry or load_registry()).load_wrappers("worker")
-    worker = resolved.connector.make_worker(resolved.options, context)
+    worker = _make("worker", resolved, context)
     return WorkerDriver(worker, rank=rank, wrappers=wrappers)
+
+
+def _make(half: str, resolved: ResolvedConnector, context: Any) -> Any:
+    try:
+        return getattr(resolved.connector, f"make_{half}")(resolved.options, context)
+    except KVConnectError:
+        raise
+    except Exception as error:
+        raise PluginError(f"{half} of {resolved.name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def open_connector(

@@ -21,14 +21,17 @@ from kvconnect.errors import ConfigError
 
 __all__ = [
     "ByteSize",
+    "ConnectorConfig",
     "ConnectorSpec",
     "Options",
     "Secret",
     "convert_options",
+    "is_connector_name",
     "option_names",
     "parse_specs",
     "specs_from_environment",
     "specs_from_toml",
+    "with_environment",
 ]
 
 _UNITS = {
@@ -100,6 +103,10 @@ class ConnectorSpec(msgspec.Struct, frozen=True):
         return f"ConnectorSpec({self.name!r}, options={sorted(self.options)})"
 
 
+ConnectorConfig = str | Mapping[str, Any] | ConnectorSpec | Sequence[str | Mapping[str, Any] | ConnectorSpec] | None
+"""What ``connector=`` takes."""
+
+
 def option_names(options: type[msgspec.Struct]) -> tuple[str, ...]:
     """Return the option names of ``options``, sorted."""
     return tuple(sorted(field.encode_name for field in msgspec.structs.fields(options)))
@@ -124,17 +131,20 @@ def convert_options(
         if name not in option_names(options):
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if name in ("host", "port", "user", "password") and "path" in known:
+                hint = f"what stands behind // is a host: write {owner}:///folder (absolute) or {owner}:folder; "
             listed = ", ".join(known) or "none"
             raise ConfigError(f"unknown option {name!r} for {owner!r}; {hint}known: {listed}")
     try:
         return msgspec.convert(dict(mapping), options, strict=False, dec_hook=_decode_special)
     except msgspec.ValidationError as error:
         cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
-        raise ConfigError(f"bad option for {owner!r}: {cause}; known: {', '.join(known) or 'none'}") from error
+        way = f"; write {owner}:///folder" if "missing required field `path`" in str(cause) else ""
+        raise ConfigError(f"bad option for {owner!r}: {cause}{way}; known: {', '.join(known) or 'none'}") from error
 
 
-def parse_specs(connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None) -> list[ConnectorSpec]:
-    """Parse what ``connector=`` takes: nothing, one URL or mapping, or a list of them.
+def parse_specs(connector: ConnectorConfig) -> list[ConnectorSpec]:
+    """Parse what ``connector=`` takes: nothing, one URL, mapping or `ConnectorSpec`, or a list of them.
 
     A mapping holds ``name`` and the options: ``{"name": "disk", "path": "/var/cache/kv"}``.
 
@@ -143,8 +153,8 @@ def parse_specs(connector: str | Mapping[str, Any] | Sequence[str | Mapping[str,
     """
     if connector is None:
         return []
-    entries: Iterable[str | Mapping[str, Any]]
-    entries = [connector] if isinstance(connector, (str, Mapping)) else connector
+    entries: Iterable[str | Mapping[str, Any] | ConnectorSpec]
+    entries = [connector] if isinstance(connector, (str, Mapping, ConnectorSpec)) else connector
     return [_parse_entry(entry) for entry in entries]
 
 
@@ -164,22 +174,26 @@ def specs_from_toml(path: str | os.PathLike[str]) -> list[ConnectorSpec]:
 
 
 def specs_from_environment(environ: Mapping[str, str] | None = None) -> list[ConnectorSpec]:
-    """Read ``KVCONNECT_CONNECTOR`` (URLs separated by white space) and ``KVCONNECT_<NAME>_<OPTION>``.
-
-    ``KVCONNECT_DISK_CAPACITY=8GiB`` sets ``capacity`` for every ``disk`` entry that does not say it itself.
-    """
+    """Read ``KVCONNECT_CONNECTOR``: URLs separated by white space."""
     environ = os.environ if environ is None else environ
     specs = parse_specs(environ.get("KVCONNECT_CONNECTOR", "").split())
-    return [_with_environment(spec, environ) for spec in specs]
+    return [with_environment(spec, environ) for spec in specs]
 
 
-def _with_environment(spec: ConnectorSpec, environ: Mapping[str, str]) -> ConnectorSpec:
+def with_environment(spec: ConnectorSpec, environ: Mapping[str, str] | None = None) -> ConnectorSpec:
+    """Add options from ``KVCONNECT_<NAME>_<OPTION>`` that the entry does not say itself.
+
+    ``KVCONNECT_DISK_CAPACITY=8GiB`` sets ``capacity`` for every ``disk`` entry without one.
+    """
+    environ = os.environ if environ is None else environ
     prefix = "KVCONNECT_" + re.sub(r"[^A-Z0-9]", "_", spec.name.upper()) + "_"
     found = {key[len(prefix) :].lower(): value for key, value in environ.items() if key.startswith(prefix)}
     return ConnectorSpec(spec.name, {**found, **spec.options})
 
 
-def _parse_entry(entry: str | Mapping[str, Any]) -> ConnectorSpec:
+def _parse_entry(entry: str | Mapping[str, Any] | ConnectorSpec) -> ConnectorSpec:
+    if isinstance(entry, ConnectorSpec):
+        return entry
     if isinstance(entry, str):
         return _parse_url(entry)
     if not isinstance(entry, Mapping):
@@ -224,14 +238,21 @@ def _parse_url(url: str) -> ConnectorSpec:
     return ConnectorSpec(name, options)
 
 
+def is_connector_name(name: str) -> bool:
+    """Say whether `name` can be written as a connector's name or URL scheme."""
+    return _NAME.match(name) is not None
+
+
 def _checked_name(name: str) -> str:
-    if not _NAME.match(name):
+    if not is_connector_name(name):
         raise ConfigError(f"{name!r} is not a connector name; names are lower case, such as 'disk'")
     return name
 
 
 def _decode_special(kind: type, value: object) -> object:
-    if kind is ByteSize and isinstance(value, (int, str)):
+    if kind is ByteSize:
+        if not isinstance(value, (int, str)):
+            raise ConfigError(f"{value!r} is not a size; write for example 512MiB, 8GiB or 1000000")
         return ByteSize(value)
     if kind is Secret and isinstance(value, str):
         return Secret(value)

@@ -18,7 +18,16 @@ import msgspec
 import pluggy
 
 from kvconnect.errors import ConfigError, DuplicateConnector, PluginError, ProtocolMismatch, UnknownConnector
-from kvconnect.options import ConnectorSpec, convert_options, option_names, parse_specs, specs_from_environment
+from kvconnect.options import (
+    ConnectorConfig,
+    ConnectorSpec,
+    convert_options,
+    is_connector_name,
+    option_names,
+    parse_specs,
+    specs_from_environment,
+    with_environment,
+)
 from kvconnect.protocol import PROTOCOL_VERSION, Connector, RegistrationHooks
 from kvconnect.store import BlockStore, Tier, TierOptions
 
@@ -33,9 +42,9 @@ OFFLOAD_CONNECTOR = "host"
 
 # Where to get what is not installed.
 _INSTALL_HINTS = {
-    "redis": 'pip install "kvconnect[redis]"',
-    "s3": 'pip install "kvconnect[s3]"',
-    "mooncake": 'pip install "kvconnect[mooncake]"',
+    "redis": "it comes with a later version",
+    "s3": "it comes with a later version",
+    "mooncake": "it comes with a later version",
     "sqlite": "pip install ./examples/custom_connector (from kvconnect's source)",
 }
 
@@ -94,6 +103,10 @@ class Registrar:
                 f"{name!r} of {self._owner} was written for protocol {protocol}; this kvconnect speaks "
                 f"{PROTOCOL_VERSION}: install a version of either that fits the other"
             )
+        if name in self._registry.blocked:
+            return
+        if not name or name != name.lower() or any(not is_connector_name(each) for each in (name, *schemes)):
+            raise PluginError(f"{self._owner} registers {name!r}; names and schemes are lower case, such as 'disk'")
         if target.count(":") != 1:
             raise PluginError(f"{name!r} of {self._owner}: {target!r} is not 'module:Class'")
         self._registry.insert(
@@ -118,6 +131,7 @@ class Registry:
         """Know nothing."""
         self.wrappers: dict[str, list[str]] = {"leader": [], "worker": []}
         self.broken: dict[str, str] = {}
+        self.blocked: frozenset[str] = frozenset()
         self._names: dict[str, Registered] = {}
         self._entries: list[Registered] = []
 
@@ -161,11 +175,13 @@ class Registry:
             raise PluginError(f"{name!r} of {entry.owner} cannot be imported: {error}{hint}") from error
         if not isinstance(loaded, type) or not issubclass(loaded, (BlockStore, Connector)):
             raise PluginError(f"{name!r} of {entry.owner}: {entry.target} is neither a BlockStore nor a Connector")
+        missing = [part for part in ("Options", "capabilities") if getattr(loaded, part, None) is None]
+        missing += sorted(getattr(loaded, "__abstractmethods__", ()))
+        if missing:
+            raise PluginError(f"{name!r} of {entry.owner}: {loaded.__name__} has no {', '.join(missing)}")
         return loaded
 
-    def resolve(
-        self, connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None
-    ) -> ResolvedConnector:
+    def resolve(self, connector: ConnectorConfig) -> ResolvedConnector:
         """Turn what ``connector=`` takes into one connector.
 
         A list of stores is wrapped in the offload connector, which ``host://`` configures. Without an argument,
@@ -175,6 +191,7 @@ class Registry:
             ConfigError: If the mix or an option is wrong; `UnknownConnector` if a name is.
         """
         specs = parse_specs(connector) if connector else specs_from_environment()
+        specs = [with_environment(spec) for spec in specs]
         if not specs:
             raise ConfigError("no connector given: name one, such as 'host://' or 'disk:///var/cache/kv'")
         loaded = [(spec, self.load(spec.name)) for spec in specs]
@@ -189,7 +206,9 @@ class Registry:
         if connectors and loaded[0][0] is not connectors[0][0]:
             raise ConfigError(f"{OFFLOAD_CONNECTOR}:// is the first tier; give it first")
         spec, kind = (
-            connectors[0] if connectors else (ConnectorSpec(OFFLOAD_CONNECTOR, {}), self.load(OFFLOAD_CONNECTOR))
+            connectors[0]
+            if connectors
+            else (with_environment(ConnectorSpec(OFFLOAD_CONNECTOR, {})), self.load(OFFLOAD_CONNECTOR))
         )
         assert issubclass(kind, Connector)
         return ResolvedConnector(
@@ -241,6 +260,7 @@ def load_registry(environ: Mapping[str, str] | None = None) -> Registry:
     named = [part.strip() for part in environ.get("KVCONNECT_PLUGINS", "").split(",") if part.strip()]
     blocked = {part[3:] for part in named if part.startswith("no:")}
     registry = Registry()
+    registry.blocked = frozenset(blocked)
     manager = pluggy.PluginManager("kvconnect")
     manager.add_hookspecs(RegistrationHooks)
     versions: dict[str, tuple[str, str]] = {}
@@ -257,6 +277,9 @@ def load_registry(environ: Mapping[str, str] | None = None) -> Registry:
             manager.register(plugin, name=name)
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(f"plugin {name!r} of {owner}: {error}") from error
+        if not manager.get_hookcallers(plugin):
+            registry.broken[name] = "it has no kvconnect_register with @kvconnect.hookimpl"
+            logger.warning("kvconnect plugin %r of %s registers nothing: %s", name, owner, registry.broken[name])
         versions[name] = (owner, version)
     for impl in manager.hook.kvconnect_register.get_hookimpls():
         owner, version = versions[impl.plugin_name]

@@ -111,7 +111,7 @@ def test_unknown_name_lists_known_ones_and_where_to_get_it(registry: Registry) -
         registry.load("dsik")
     assert error.value.name == "dsik"
     assert "host" in error.value.known
-    with pytest.raises(UnknownConnector, match=r"kvconnect\[redis\]"):
+    with pytest.raises(UnknownConnector, match="comes with a later version"):
         registry.load("redis")
 
 
@@ -181,6 +181,42 @@ def test_url_mapping_toml_and_environment_say_the_same(tmp_path: Path) -> None:
     ]
 
 
+def test_specs_of_a_file_are_taken_as_they_are(registry: Registry, tmp_path: Path) -> None:
+    (tmp_path / "kv.toml").write_text('connector = ["host://?capacity=1GiB", "disk:///tmp/kv"]')
+    resolved = registry.resolve(specs_from_toml(tmp_path / "kv.toml"))
+    assert resolved.options.capacity == 1 << 30
+    assert [tier.name for tier in resolved.tiers] == ["disk"]
+
+
+def test_environment_sets_what_an_entry_does_not_say(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCONNECT_DISK_CAPACITY", "3GiB")
+    assert registry.resolve("disk:///a").tiers[0].options.capacity == 3 << 30
+    assert registry.resolve("disk:///a?capacity=1GiB").tiers[0].options.capacity == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("Options, capabilities = None, 1", "no Options, __init__"),
+        ("Options, capabilities = 1, 1", "no __init__, close"),
+    ],
+)
+def test_store_that_is_not_whole_says_what_is_missing(plugin: Any, body: str, why: str) -> None:
+    lines = f"from kvconnect import BlockStore\nclass Bare(BlockStore):\n    {body}\n"
+    registry = load_registry(plugin("bare", lines + register('registry.add("bare", "bare:Bare")')))
+    with pytest.raises(PluginError, match=why):
+        registry.load("bare")
+
+
+def test_plugin_that_registers_nothing_is_named(plugin: Any) -> None:
+    registry = load_registry(plugin("mute", "def kvconnect_register(registry): ...\n"))
+    assert "no kvconnect_register" in registry.broken["mute"]
+
+
+def test_connector_can_be_blocked_by_the_name_that_users_know() -> None:
+    assert "disk" not in {entry.name for entry in load_registry({"KVCONNECT_PLUGINS": "no:disk"}).entries}
+
+
 def test_environment_is_used_when_nothing_is_given(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCONNECT_CONNECTOR", "host:// disk:///var/kv")
     monkeypatch.setenv("KVCONNECT_HOST_CAPACITY", "3GiB")
@@ -197,7 +233,9 @@ def test_environment_is_used_when_nothing_is_given(registry: Registry, monkeypat
         ("disk:///a?capacity=-1", "not a size"),
         ("disk:///a?mode=x", "mode|Invalid enum"),
         ("disk://", "path"),
-        ("disk://a/b", "unknown option 'host' for 'disk'"),
+        ("disk://a/b", "unknown option 'host' for 'disk'; what stands behind // is a host: write disk:///folder"),
+        ("disk:///a?timeout_s=0", "timeout_s must be more than 0"),
+        ({"name": "disk", "path": "/a", "capacity": 1.5}, "1.5 is not a size"),
         ("disk:///a?path=/b", "stands twice"),
         ("disk:///a?capacity=1&capacity=2", "stands twice"),
         ({"path": "/a"}, "needs a 'name'"),

@@ -9,6 +9,7 @@ With ``--once`` it runs the first process for you as well, so that one command s
 import argparse
 import subprocess
 import sys
+from pathlib import Path
 
 from kvconnect import LLM, SamplingParams
 
@@ -30,7 +31,9 @@ def main() -> int:
         model = ["--model", options.model] if options.model else []
         subprocess.run([sys.executable, __file__, options.folder, *model], check=True)
     loaded = 0
-    with LLM(options.model, connector=["host://?capacity=1GiB", f"disk://{options.folder}?capacity=10GiB"]) as llm:
+    with LLM(
+        options.model, connector=["host://?capacity=1GiB", f"disk://{Path(options.folder).absolute()}?capacity=10GiB"]
+    ) as llm:
         for question in QUESTIONS:
             (output,) = llm.generate([DOCUMENT * 4 + question], SamplingParams(max_tokens=8))
             print(

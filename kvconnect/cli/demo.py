@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -54,11 +55,14 @@ def run_demo(options: DemoOptions, *, as_json: bool) -> int:
         KVConnectError: If a process failed, with what it said.
     """
     prompts = read_prompts(options.prompts)
-    if options.connector:
-        load_registry().resolve(list(options.connector))  # a wrong name or option is said before anything runs
+    if options.connector or os.environ.get("KVCONNECT_CONNECTOR"):
+        load_registry().resolve(list(options.connector) or None)  # a wrong name or option is said before anything runs
     with tempfile.TemporaryDirectory(prefix="kvconnect-demo-") as folder:
-        connector = list(options.connector) or [f"disk://{folder}/kv?capacity=20GiB"]
+        given = list(options.connector) or os.environ.get("KVCONNECT_CONNECTOR", "").split()
+        connector = given or [f"disk://{folder}/kv?capacity=20GiB"]
         result = _run_processes(options, prompts, connector)
+    if not given:
+        result["connector"] = ["disk:// in a temporary folder"]
     if as_json:
         print(json.dumps(result, indent=2))
     else:
@@ -182,7 +186,7 @@ def _summarize(results: dict[str, list[dict[str, Any]]], options: DemoOptions, c
     full = sum(entry["prompt_tokens"] // size for entry in warm)
     found = sum((entry["loaded_tokens"] + entry["reused_tokens"]) // size for entry in warm)
     # a URL's query and credentials may hold secrets; the name is enough for a report
-    shown = [url.split(":")[0] + "://" for url in connector] if options.connector else ["disk:// in a temporary folder"]
+    shown = [url.split(":")[0] + "://" for url in connector]
     return {
         "cold": _totals(cold),
         "warm": _totals(warm),
@@ -190,6 +194,7 @@ def _summarize(results: dict[str, list[dict[str, Any]]], options: DemoOptions, c
         "reference_equal": all(verdict.equal or verdict.excused for verdict in against),
         "excused": sum(verdict.excused for verdict in (*between, *against)),
         "prompts": len(cold),
+        "block_size": size,
         "full_blocks": full,
         "warm_blocks_loaded_or_reused": found,
         "connector": shown,
@@ -225,5 +230,12 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(f"the warm process computed {full - blocks} of the prompts' {full} full blocks", highlight=False)
     for kind, count in result["failures"].items():
         console.print(f"failures counted in the warm process: {kind}: {count}", style="yellow")
-    if not result["warm"]["loaded_tokens"]:
-        console.print("the warm process loaded nothing: does this connector survive its process?", style="red")
+    if result["cold"]["loaded_tokens"]:
+        console.print("the cache was not empty: the cold process loaded from it too", style="yellow")
+    if not full:
+        console.print(
+            f"no prompt fills a block of {result['block_size']} tokens: there is nothing to save", style="red"
+        )
+    elif not result["warm"]["loaded_tokens"]:
+        why = "see the failures above" if result["failures"] else "does this connector survive its process?"
+        console.print(f"the warm process loaded nothing: {why}", style="red")

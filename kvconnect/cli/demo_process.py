@@ -83,13 +83,15 @@ def _reference(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _failures(stats: dict[str, Any]) -> dict[str, int]:
     """Collect what was counted as failed: hooks that raised, stores that did not answer, blocks that did not verify."""
-    counted: dict[str, int] = dict(stats["leader"]["hooks"]["failures"])
-    for name in ("lookup_failures", "promote_failures", "demote_failures"):
-        if stats["leader"].get(name):
-            counted[name] = stats["leader"][name]
+    counted: dict[str, int] = {}
+    leader = stats["leader"]
+    sources = [leader["hooks"]["failures"]]
+    sources.append({name: leader.get(name) for name in ("lookup_failures", "promote_failures", "demote_failures")})
     for worker in stats["workers"]:
-        for failures in (worker["failures"], worker["hooks"]["failures"]):
-            for kind, count in failures.items():
+        sources += [worker["hooks"]["failures"], worker.get("failures")]
+    for source in sources:  # a connector of somebody else's may count otherwise, or not at all
+        for kind, count in source.items() if isinstance(source, dict) else ():
+            if isinstance(count, int) and count:
                 counted[kind] = counted.get(kind, 0) + count
     return counted
 

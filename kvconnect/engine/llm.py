@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -22,7 +22,7 @@ from kvconnect.engine.runner import ModelRunner
 from kvconnect.engine.sampling import choose_token
 from kvconnect.engine.scheduler import Batch, Scheduler
 from kvconnect.errors import Closed, ConfigError
-from kvconnect.options import ByteSize
+from kvconnect.options import ByteSize, ConnectorConfig
 from kvconnect.protocol import EngineCapabilities
 
 __all__ = ["ENGINE_CAPABILITIES", "LLM"]
@@ -47,7 +47,7 @@ class LLM:
     def __init__(
         self,
         model: str | os.PathLike[str] | torch.nn.Module | None = None,
-        connector: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+        connector: ConnectorConfig = None,
         *,
         block_size: int = 16,
         kv_cache_bytes: int | str = "512MiB",
@@ -62,7 +62,8 @@ class LLM:
 
         Args:
             model: A checkpoint folder, a transformers model, or None for the embedded tiny Llama.
-            connector: One URL or mapping, or a list of them; None for none.
+            connector: One URL or mapping, or a list of them. Without one, ``KVCONNECT_CONNECTOR`` is read; without that
+                there is none.
             block_size: Tokens a block.
             kv_cache_bytes: Bytes of the paged cache, all layer groups together; ``"1GiB"`` or a number.
             max_batch_tokens: Tokens computed in one step; longer prompts are computed in chunks.
@@ -77,8 +78,10 @@ class LLM:
         Raises:
             KVConnectError: If the model cannot be served or the connector does not fit, with the reason.
         """
-        if block_size < 1 or max_batch_tokens < 1 or max_num_seqs < 1:
-            raise ConfigError("block_size, max_batch_tokens and max_num_seqs must be at least 1")
+        counts = {"block_size": block_size, "max_batch_tokens": max_batch_tokens, "max_num_seqs": max_num_seqs}
+        for name, value in counts.items():
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
         if isinstance(dtype, str):
             dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
             if dtype not in dtypes:
@@ -98,10 +101,13 @@ class LLM:
         self._max_model_len = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self._vocab_size = loaded.model.config.get_text_config().vocab_size
         self._num_pages = num_pages
-        self._cache = PagedCache(loaded.geometry, block_size=block_size, num_pages=num_pages)
+        try:
+            self._cache = PagedCache(loaded.geometry, block_size=block_size, num_pages=num_pages)
+        except (MemoryError, RuntimeError) as error:
+            raise ConfigError(f"kv_cache_bytes={kv_cache_bytes!r} cannot be had: {error}") from error
         self._leader: LeaderDriver | None = None
         self._workers: list[WorkerDriver] = []
-        if connector:
+        if connector or os.environ.get("KVCONNECT_CONNECTOR"):
             self._leader, self._workers = open_connector(
                 connector,
                 [self._cache.layout(rank, num_ranks) for rank in range(num_ranks)],
@@ -356,6 +362,8 @@ class LLM:
         return ids
 
     def _new_request(self, prompt: Sequence[int], params: SamplingParams) -> EngineRequest:
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
+            raise ConfigError("a prompt is a text or a list of token ids, and several are a list of those")
         if not prompt:
             raise ConfigError("a prompt needs at least one token")
         if params.stop and self.tokenizer is None:

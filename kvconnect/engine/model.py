@@ -81,8 +81,12 @@ def load_model(
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{os.fspath(model)!r} is no checkpoint folder: it has no config.json")
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        tokenizer = load_tokenizer(folder, loaded.config)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            tokenizer = load_tokenizer(folder, loaded.config)
+        except Exception as error:  # transformers raises whatever its readers raise
+            first = str(error).strip().split("\n")[0]
+            raise ConfigError(f"{os.fspath(model)!r} cannot be loaded: {type(error).__name__}: {first}") from error
     loaded.eval()
     config = loaded.config.get_text_config().to_dict()
     check_prefix_law(config)

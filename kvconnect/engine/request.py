@@ -53,6 +53,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"temperature must be 0 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if self.cache not in ("both", "read", "write", "none"):
+            raise ConfigError(f"cache must be 'both', 'read', 'write' or 'none', not {self.cache!r}")
         if not all(self.stop):
             raise ConfigError("a stop text must not be empty")
 

@@ -65,7 +65,7 @@ def check_fit(name: str, connector: Capabilities, engine: EngineCapabilities, *,
     Raises:
         UnsupportedError: Names the connector and what is missing.
     """
-    missing = [need for need in connector.needs if not getattr(engine, need)]
+    missing = [need for need in connector.needs if not getattr(engine, need, False)]
     if missing:
         raise UnsupportedError(f"connector {name!r} needs an engine with {', '.join(missing)}; this one has not")
     if num_ranks > 1 and not connector.several_ranks:

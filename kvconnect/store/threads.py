@@ -15,7 +15,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Any, NamedTuple
 
-from kvconnect.errors import StoreUnavailable
+from kvconnect.errors import KVConnectError, StoreUnavailable
 from kvconnect.store.base import BlockStore
 from kvconnect.store.tier import Tier
 
@@ -68,7 +68,8 @@ class StoreThreads:
             role: Who uses it, for thread names: ``leader`` or ``worker0``.
 
         Raises:
-            StoreUnavailable: If it did not open within its deadline; what its ``__init__`` raises passes through.
+            StoreUnavailable: If it did not open, with the reason, or not within its deadline. A `KVConnectError` of its
+                own passes through.
         """
         self.tier = tier
         self.timeout_s = tier.use.timeout_s
@@ -93,8 +94,11 @@ class StoreThreads:
             thread.start()
         if not self._opened.wait(self.timeout_s):
             raise StoreUnavailable(f"store {tier.name!r} did not open within {self.timeout_s} s")
-        if self._open_error is not None:
+        if isinstance(self._open_error, KVConnectError):
             raise self._open_error
+        if self._open_error is not None:
+            what = f"{type(self._open_error).__name__}: {self._open_error}"
+            raise StoreUnavailable(f"store {tier.name!r} cannot be opened: {what}") from self._open_error
 
     @property
     def num_unfinished(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from kvconnect.errors import ConfigError
 from kvconnect.options import Options
 from kvconnect.store.base import BlockStore, StoreContext
 
@@ -24,6 +25,15 @@ class TierOptions(Options, frozen=True):
     mode: Literal["r", "w", "rw"] = "rw"
     codec: Literal["none", "zstd"] = "none"
     timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Refuse a deadline that has passed before it begins.
+
+        Raises:
+            ConfigError: If the timeout is not positive.
+        """
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s must be more than 0, not {self.timeout_s}")
 
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True):

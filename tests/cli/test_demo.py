@@ -64,6 +64,31 @@ def test_cache_that_does_not_outlive_its_process_fails_the_demo() -> None:
     assert result["warm"]["loaded_tokens"] == 0
 
 
+def test_whole_connector_with_no_counters_of_ours_runs_in_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plain_connector.py").write_text(
+        "from kvconnect import Capabilities, Connector, Options, hookimpl\n"
+        "class Plain(Connector):\n"
+        "    Options, capabilities = Options, Capabilities()\n"
+        "    def make_leader(self, options, context):\n"
+        "        from kvconnect import Leader\n"
+        "        return Leader()\n"
+        "    def make_worker(self, options, context):\n"
+        "        from kvconnect import Worker\n"
+        "        return Worker()\n"
+        "@hookimpl\n"
+        "def kvconnect_register(registry):\n"
+        "    registry.add('plain', 'plain_connector:Plain')\n"
+    )
+    monkeypatch.setenv("KVCONNECT_PLUGINS", "plain_connector")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, result, said = demo("--connector", "plain://", "--max-tokens", "2")
+    assert status == 1, said
+    assert result["outputs_equal"] is True
+    assert result["reference_equal"] is True
+
+
 def test_process_that_fails_is_an_error_with_its_reason(tmp_path: Path) -> None:
     (tmp_path / "kv").write_text("a file")
     status, _, said = demo("--connector", f"disk://{tmp_path}/kv")

@@ -132,6 +132,8 @@ def test_fresh_pages_hold_nan_until_they_are_written(llama: Any) -> None:
         ([300], PARAMS, r"must lie in \[0, 300\)"),
         ([-1], PARAMS, "must lie in"),
         ([1] * 10_000, PARAMS, "more than the"),
+        ([1.5], PARAMS, "a text or a list of token ids"),
+        (7, PARAMS, "a text or a list of token ids"),
     ],
 )
 def test_prompt_that_cannot_run_is_refused(llama: Any, prompt: list[int], params: SamplingParams, why: str) -> None:
@@ -147,6 +149,7 @@ def test_prompt_that_cannot_run_is_refused(llama: Any, prompt: list[int], params
         ({"num_ranks": 0}, ConfigError, "num_ranks"),
         ({"dtype": "float16"}, ConfigError, "unknown dtype"),
         ({"kv_cache_bytes": 10}, ConfigError, "does not hold one block"),
+        ({"kv_cache_bytes": "900TiB"}, ConfigError, "cannot be had"),
         ({"model": "/nowhere"}, ConfigError, "no config.json"),
         ({"connector": "dsik:///x"}, LookupError, "did you mean 'disk'"),
         ({"connector": "disk:///proc/kvconnect"}, ConfigError, "disk store cannot use"),
@@ -178,3 +181,10 @@ def test_closed_engine_says_so(llama: Any) -> None:
 def test_max_tokens_must_be_positive() -> None:
     with pytest.raises(ConfigError, match="max_tokens"):
         SamplingParams(max_tokens=0)
+
+
+@pytest.mark.parametrize("config", ["{}", "{torn", '{"model_type": "llama"}'])
+def test_folder_that_is_no_checkpoint_is_refused_with_the_reason(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        LLM(tmp_path)

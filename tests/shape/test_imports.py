@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"protocol", *COMMON},
     "driver": {"registry", "protocol", "hooks", *COMMON},
     "engine": {"driver", "protocol", *COMMON},
-    "cli": {"engine", "driver", "registry", "protocol", *COMMON},
+    "cli": {"engine", "driver", "registry", "protocol", "store", *COMMON},
     "kvconnect_host": {"leader", "worker", "store", "protocol", *COMMON},
     "kvconnect_disk": {"store", "protocol", *COMMON},
 }

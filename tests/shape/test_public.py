@@ -118,4 +118,4 @@ def test_readme_programs_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(blocks) >= 2
     monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(compile(block.replace("/var/cache/kv", f"{tmp_path}/kv"), "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block.replace("/tmp/kv", f"{tmp_path}/kv"), "README.md", "exec"), {"__name__": "readme"})
