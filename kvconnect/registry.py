@@ -105,7 +105,7 @@ class Registrar:
             )
         if name in self._registry.blocked:
             return
-        if not name or name != name.lower() or any(not is_connector_name(each) for each in (name, *schemes)):
+        if not all(is_connector_name(each) for each in (name, *schemes)):
             raise PluginError(f"{self._owner} registers {name!r}; names and schemes are lower case, such as 'disk'")
         if target.count(":") != 1:
             raise PluginError(f"{name!r} of {self._owner}: {target!r} is not 'module:Class'")

@@ -154,7 +154,8 @@ class OffloadLeader(Leader):
             if self._must_wait(state, chain, first, ready, limit):
                 self._counts["asked_again"] += 1
                 return Match(None, False)
-            ready, now = self._num_loadable(state, chain, first, limit), self._num_ready(chain, first, limit)
+            now = self._num_ready(chain, first, limit)
+            ready = self._num_loadable(state, chain, first, now, limit)
             state.parked = ready > now
         return Match((ready - first) * self._block_size, state.parked)
 
@@ -335,12 +336,11 @@ class OffloadLeader(Leader):
         ]
         return longest_match(present, self._block_size, self._windows, first, limit)
 
-    def _num_loadable(self, state: RequestState, chain: BlockChain, first: int, limit: int) -> int:
-        """Return how many blocks could be at hand: those in the arena, and with asynchronous loads those in stores."""
-        ready = self._num_ready(chain, first, limit)
-        if not self._context.engine.async_load:
+    def _num_loadable(self, state: RequestState, chain: BlockChain, first: int, ready: int, limit: int) -> int:
+        """Return how many blocks could be at hand: the `ready` ones, and with asynchronous loads those in stores."""
+        if not self._context.engine.async_load or ready == limit:
             return ready
-        return max(ready, self._blocks_below(state, chain, first, ready, limit)[2])
+        return self._blocks_below(state, chain, first, ready, limit)[2]
 
     def _park(self, state: RequestState, block_ids: Sequence[Sequence[int]], end: int) -> None:
         """Take on the load of a request that the engine parks."""

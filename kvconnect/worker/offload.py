@@ -103,6 +103,7 @@ class OffloadWorker(Worker):
         self._pool: ThreadPoolExecutor | None = None
         self._copiers: list[BlockCopier] = []
         self._orders: list[str] = []
+        self._payload_bytes: list[int] = []
         self._fingerprints: list[bytes] = []
         self._shards: list[int] = []
         self._namespace = b""
@@ -125,9 +126,9 @@ class OffloadWorker(Worker):
         """
         layout.check()
         self._layout = layout = layout.in_memory_order()
-        payload = max(group.payload_bytes for group in layout.groups)
+        self._payload_bytes = [group.payload_bytes for group in layout.groups]  # asked for once a frame
         on_gpu = any(region.tensor.device.type == "cuda" for group in layout.groups for region in group.regions)
-        self._arena = Arena(self._capacity, payload, pinned=on_gpu)
+        self._arena = Arena(self._capacity, max(self._payload_bytes), pinned=on_gpu)
         numbers = range(len(layout.groups))
         self._orders = [layout.payload_order(group) for group in numbers]
         self._fingerprints = [layout.fingerprint(group) for group in numbers]
@@ -315,13 +316,12 @@ class OffloadWorker(Worker):
 
     def _frame(self, move: Move) -> SlotFrame:
         assert self._arena is not None, "register_kv_caches comes first"
-        assert self._layout is not None, "register_kv_caches comes first"
         held = self._held.get(move.slot)
         return SlotFrame(
             slot=move.slot,
             key=self._key(move),
             memory=self._arena.slot(move.slot),
-            payload_bytes=self._layout.groups[move.group].payload_bytes,
+            payload_bytes=self._payload_bytes[move.group],
             fingerprint=self._fingerprints[move.group],
             order=held[2] if held is not None else self._orders[move.group],
         )
