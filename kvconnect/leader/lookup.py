@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -47,6 +47,9 @@ class Presence:
         """Believe nothing any more."""
         for known in self._tiers:
             known.clear()
+
+
+_Answer = tuple[Sequence[BlockHash], list[list[bool]]]  # the blocks asked about; by group, whether each is there
 
 
 class _Pending(NamedTuple):
@@ -117,12 +120,9 @@ class StoreLookup:
         question = next(self._questions)
         longest = max(store.timeout_s for store in self._stores.values())
         self._pending[request_id] = _Pending(question, set(self._stores), hashes, time.monotonic() + longest)
+        ask = partial(_ask, hashes, namespace, shards, stop_early)
         for store in self._stores.values():
-            store.submit(
-                (request_id, question),
-                LOOKUP,
-                partial(self._answer, request_id, question, hashes, namespace, shards, stop_early),
-            )
+            store.submit((request_id, question), LOOKUP, partial(self._answer, request_id, question, ask))
 
     def is_pending(self, request_id: str) -> bool:
         """Say whether it is worth asking again; a lookup past its deadline is given up."""
@@ -149,20 +149,13 @@ class StoreLookup:
             store.close()
 
     def _answer(
-        self,
-        request_id: str,
-        question: int,
-        hashes: Sequence[BlockHash],
-        namespace: bytes,
-        shards: Sequence[Sequence[int]],
-        stop_early: bool,
-        store: BlockStore,
-    ) -> tuple[Sequence[BlockHash], list[list[bool]]]:
+        self, request_id: str, question: int, ask: Callable[[BlockStore], _Answer], store: BlockStore
+    ) -> _Answer:
         """Ask, unless nobody waits for the answer any more: a slow store must not fall behind further and further."""
         pending = self._pending.get(request_id)
         if pending is None or pending.question != question:
-            return hashes, [[] for _ in shards]
-        return _ask(hashes, namespace, shards, stop_early, store)
+            return (), []
+        return ask(store)
 
     def _take(self, number: int, event: CallEvent) -> None:
         request_id, question = event.tag
@@ -191,7 +184,7 @@ def _ask(
     shards: Sequence[Sequence[int]],
     stop_early: bool,
     store: BlockStore,
-) -> tuple[Sequence[BlockHash], list[list[bool]]]:
+) -> _Answer:
     """Return, for each layer group, which of the first blocks the store has, every shard. Runs on a store thread."""
     found: list[list[bool]] = [[] for _ in shards]
     for start in range(0, len(hashes), _BATCH):
