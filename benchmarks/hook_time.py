@@ -21,9 +21,9 @@ def measure(prompts: list[list[int]], padded: bool) -> tuple[int, float, float]:
     """Return the steps taken, their seconds, and the seconds inside hooks."""
     original = ModelRunner.forward
 
-    def forward(self: ModelRunner, batch: Any) -> Any:
+    def forward(self: ModelRunner, batch: Any, sampled: Any) -> Any:
         started = time.perf_counter()
-        logits = original(self, batch)
+        logits = original(self, batch, sampled)
         time.sleep(max(0.0, PADDED_S - (time.perf_counter() - started)))
         return logits
 
@@ -38,7 +38,7 @@ def measure(prompts: list[list[int]], padded: bool) -> tuple[int, float, float]:
             steps, started = 0, time.perf_counter()
             for prompt in prompts:
                 llm.add_request(prompt, SamplingParams(max_tokens=8))
-            while llm._scheduler.has_requests:
+            while llm._core.scheduler.has_requests:
                 llm.step()
                 steps += 1
             return steps, time.perf_counter() - started, _seconds(llm) - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from array import array
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ from typing import Literal
 
 import msgspec
 
-from kvconnect.engine.sampling import make_generator
 from kvconnect.errors import ConfigError
 from kvconnect.protocol import BlockChain, CacheUse, RequestView
 
-__all__ = ["EngineRequest", "RequestOutput", "SamplingParams", "TokenOutput"]
+__all__ = ["EngineRequest", "FinishReason", "RequestOutput", "SamplingParams", "TokenOutput"]
+
+FinishReason = Literal["length", "stop", "aborted"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +83,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     loaded_tokens: int
     token_ids: list[int]
     text: str
-    finish_reason: Literal["length", "stop", "aborted"]
+    finish_reason: FinishReason
     ttft_s: float
 
 
@@ -103,20 +105,21 @@ class EngineRequest:
     """A request from arrival to its last token.
 
     Attributes:
-        tokens: The prompt and what was generated.
+        tokens: The prompt and what was generated and taken.
         tables: One block table a layer group; -1 where a block has no page.
-        num_computed: Tokens whose KV is in the pages.
+        run: Counts the times that it began: results of a run before this one mean nothing.
+        num_computed: Tokens that are scheduled or computed; the next step goes on there.
+        num_pending: Tokens that scheduled steps will have sampled, not taken yet.
         num_named: Full blocks that other requests may find.
         num_told: Tokens that the leader was told of.
         num_reused: Of those computed when it was scheduled first, how many were on the device.
         num_loaded: And how many came through the connector.
-        loading: Whether the step that runs loads for it.
         bad_blocks: Blocks of its asynchronous load that did not arrive.
         ranks_loaded: Ranks that have said that its asynchronous load ended.
         aborted: Whether it was aborted while it was parked.
         give_up_at: Monotonic time after which its asynchronous load is not waited for, 0 while there is none.
         failed_loads: Loads that failed; after `MAX_FAILED_LOADS` the leader is not asked again.
-        generator: Where this request's randomness comes from.
+        seed: Of its sampling.
         scheduled_before: Whether a step named it since it arrived or was reset.
     """
 
@@ -133,12 +136,13 @@ class EngineRequest:
         self.chain = BlockChain(block_size, salt=params.cache_salt)
         self.chain.extend(self.tokens)
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
+        self.run = 0
         self.num_computed = 0
+        self.num_pending = 0
         self.num_named = 0
         self.num_told = len(self.tokens)
         self.num_reused = 0
         self.num_loaded = 0
-        self.loading = False
         self.bad_blocks: set[int] = set()
         self.ranks_loaded: set[int] = set()
         self.aborted = False
@@ -148,7 +152,7 @@ class EngineRequest:
         self.arrived_at = time.perf_counter()
         self.first_token_at = 0.0
         self.first_counts = (0, 0)
-        self.generator = make_generator(params.seed)
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
 
     def view(self) -> RequestView:
         """Return what a connector may know of it."""
@@ -161,7 +165,8 @@ class EngineRequest:
         )
 
     def append(self, token: int) -> None:
-        """Add a generated token."""
+        """Add a generated token that a step has sampled."""
+        self.num_pending -= 1
         if not self.first_token_at:
             self.first_token_at = time.perf_counter()
             self.first_counts = (self.num_reused, self.num_loaded)
@@ -169,21 +174,26 @@ class EngineRequest:
         self.chain.extend((token,))
 
     def reset(self) -> None:
-        """Go back to having computed nothing; what was generated stays."""
-        self.num_computed = self.num_named = 0
+        """Go back to having computed nothing; what was generated stays, what is in flight does not count."""
+        self.run += 1
+        self.num_computed = self.num_pending = self.num_named = 0
         self.num_reused = self.num_loaded = 0
         self.num_told = len(self.tokens)
-        self.loading = False
         self.bad_blocks = set()
         self.ranks_loaded = set()
         self.scheduled_before = False
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens were generated so far."""
+        return len(self.tokens) - self.num_prompt_tokens
 
     @property
     def generated(self) -> list[int]:
         """The tokens generated so far."""
         return self.tokens[self.num_prompt_tokens :].tolist()
 
-    def output(self, text: str, finish_reason: Literal["length", "stop", "aborted"]) -> RequestOutput:
+    def output(self, text: str, finish_reason: FinishReason) -> RequestOutput:
         """Return the result."""
         reused, loaded = self.first_counts
         return RequestOutput(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -10,6 +10,7 @@ from kvconnect.driver import WorkerDriver
 from kvconnect.engine.attention import BatchEntry, StepContext, current_step
 from kvconnect.engine.model import LoadedModel
 from kvconnect.engine.pages import PagedCache
+from kvconnect.engine.request import EngineRequest
 from kvconnect.engine.scheduler import Batch
 
 __all__ = ["ModelRunner"]
@@ -25,18 +26,25 @@ class ModelRunner:
         self._workers = workers
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, sampled: Mapping[EngineRequest, int]) -> torch.Tensor:
         """Compute the batch.
 
+        Args:
+            batch: At least one part.
+            sampled: Tokens of the step before that the scheduler has not seen; a request that needs one and has none is
+                lost already, and any token will do.
+
         Returns:
-            Logits ``(number of entries, vocabulary)``, of each entry's last token.
+            Logits ``(number of parts, vocabulary)``, of each part's last token.
         """
         tokens: list[int] = []
         positions: list[int] = []
         entries = []
-        for request, start, count in batch.entries:
+        for request, _, start, count, _ in batch.parts:
             rows = (len(tokens), len(tokens) + count)
             tokens += request.tokens[start : start + count]
+            if len(tokens) < rows[1]:
+                tokens.append(sampled.get(request, 0))
             positions += range(start, start + count)
             entries.append(BatchEntry(rows, start, [self._page_rows(table, start + count) for table in request.tables]))
         token = current_step.set(StepContext(entries, self._cache.layers, self._workers))

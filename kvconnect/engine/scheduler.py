@@ -17,7 +17,7 @@ from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest
 from kvconnect.protocol import ScheduledRequest, SchedulerOutput
 
-__all__ = ["Batch", "Scheduler"]
+__all__ = ["Batch", "BatchPart", "Scheduler"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +34,66 @@ class _Saving(NamedTuple):
     ranks: set[int]
 
 
+class BatchPart(NamedTuple):
+    """One request's part of a step.
+
+    Attributes:
+        request: The request.
+        run: Which of its runs this is; a request that was reset or ended since has another.
+        start: First position that it computes.
+        num_tokens: How many.
+        samples: Whether the last of them gives a token, or is a chunk's end whose logits mean nothing.
+    """
+
+    request: EngineRequest
+    run: int
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def counts(self) -> bool:
+        """Whether what the step computed still means anything for the request."""
+        return self.run == self.request.run
+
+
 class Batch:
     """What one step computes.
 
     Attributes:
-        entries: Each request with the tokens ``[start, start + count)`` that it computes.
+        parts: A part for each request.
         fresh: Pages handed out for it, by layer group.
         preempted: Requests that lost their pages.
-        rejected: Requests of `entries` whose loads failed: what was computed for them does not count.
+        loading: Requests of `parts` for which the step loads before it computes.
     """
 
     def __init__(self, num_groups: int) -> None:
         """Start empty."""
-        self.entries: list[tuple[EngineRequest, int, int]] = []
+        self.parts: list[BatchPart] = []
         self.fresh: list[list[int]] = [[] for _ in range(num_groups)]
         self.preempted: list[str] = []
-        self.rejected: set[EngineRequest] = set()
+        self.loading: set[EngineRequest] = set()
 
     def remove(self, request: EngineRequest) -> int:
         """Take a request out before the step has run; return the tokens it was to compute."""
-        kept, removed = [], 0
-        for entry in self.entries:
-            if entry[0] is request:
-                removed += entry[2]
-            else:
-                kept.append(entry)
-        self.entries = kept
+        removed = sum(part.num_tokens for part in self.parts if part.request is request)
+        self.parts = [part for part in self.parts if part.request is not request]
+        self.loading.discard(request)
         return removed
+
+    def failed_loads(self, bad_pages: Sequence[set[int]] | None) -> set[EngineRequest]:
+        """Return the requests whose loads failed.
+
+        Args:
+            bad_pages: Pages that were not loaded, by group; None if no load of the step can be trusted.
+        """
+        if bad_pages is None:
+            return set(self.loading)
+        return {
+            request
+            for request in self.loading
+            if any(not pages.isdisjoint(table) for pages, table in zip(bad_pages, request.tables, strict=True))
+        }
 
 
 class Scheduler:
@@ -97,7 +130,11 @@ class Scheduler:
             self._leader.on_new_request(request.view())
 
     def schedule(self) -> Batch:
-        """Choose what the next step computes, and give it pages."""
+        """Choose what the next step computes, and give it pages.
+
+        The results of the step before may still be out: a request goes on from where that step will leave it, over a
+        token that it will have sampled.
+        """
         batch = Batch(len(self._cache.pools))
         budget = self._max_batch_tokens
         for request in list(self.running):
@@ -107,13 +144,16 @@ class Scheduler:
                 budget = self._continue(batch, request, budget)
         if not batch.preempted:
             self._admit(batch, budget)
+        for part in batch.parts:
+            part.request.num_computed = part.start + part.num_tokens
+            part.request.num_pending += part.samples
         return batch
 
     def output(self, batch: Batch) -> SchedulerOutput:
         """Describe the batch for the leader, and count the step."""
         new: list[ScheduledRequest] = []
         cached: list[ScheduledRequest] = []
-        for request, start, count in batch.entries:
+        for request, _, start, count, _ in batch.parts:
             described = ScheduledRequest(
                 request_id=request.request_id,
                 num_computed_tokens=start,
@@ -130,34 +170,17 @@ class Scheduler:
             step=step, new_requests=tuple(new), cached_requests=tuple(cached), preempted=tuple(batch.preempted)
         )
 
-    def reject_failed_loads(self, batch: Batch, bad_pages: Sequence[set[int]] | None) -> None:
-        """Take requests whose loads failed out of the step: nothing that it computed for them counts.
-
-        Args:
-            batch: The step's batch.
-            bad_pages: Pages that were not loaded, by group; None if no load of the step can be trusted.
-        """
-        for request in [entry[0] for entry in batch.entries]:
-            if not request.loading:
-                continue
-            request.loading = False
-            failed = bad_pages is None or any(
-                not pages.isdisjoint(table) for pages, table in zip(bad_pages, request.tables, strict=True)
-            )
-            if failed:
-                request.failed_loads += 1
-                self.reset_request(batch, request)
-
-    def advance(self, request: EngineRequest, start: int, count: int) -> None:
-        """Note that tokens ``[start, start + count)`` are computed; full blocks can be found by others now."""
-        request.num_computed = start + count
-        full = request.num_computed // self._cache.block_size
+    def advance(self, part: BatchPart) -> None:
+        """Note that a part is computed and right; full blocks can be found by others now."""
+        request, computed = part.request, part.start + part.num_tokens
+        full = computed // self._cache.block_size
         self._cache.name_full(request.tables, request.chain.hashes, request.num_named, full)
         request.num_named = full
-        self._cache.release_stale(request.tables, request.num_computed)
+        self._cache.release_stale(request.tables, computed)
 
     def finish(self, request: EngineRequest) -> None:
         """Tell the leader that a request ended, and let its pages go unless the leader still saves them."""
+        request.run += 1
         self.running.remove(request)
         if self._leader is not None and self._leader.request_finished(request.view(), request.tables):
             self._saving[request.request_id] = _Saving(request.tables, time.monotonic() + _SAVE_DEADLINE_S, set())
@@ -202,14 +225,11 @@ class Scheduler:
         """Requests that ended and whose pages are still being saved."""
         return len(self._saving)
 
-    def reset_request(self, batch: Batch, request: EngineRequest) -> None:
-        """Take a request of the batch back to the queue; nothing that the step computed for it counts."""
-        batch.rejected.add(request)
-        self._reset(request)
-
     def _continue(self, batch: Batch, request: EngineRequest, budget: int) -> int:
         """Schedule a running request; return what is left of the budget."""
-        count = min(len(request.tokens) - request.num_computed, budget)
+        if request.num_generated + request.num_pending >= request.params.max_tokens:
+            return budget  # its last token is on its way
+        count = min(len(request.tokens) + request.num_pending - request.num_computed, budget)
         while True:
             fresh = self._cache.extend(
                 request.tables, request.chain.hashes, 0, request.num_computed, request.num_computed + count
@@ -219,7 +239,7 @@ class Scheduler:
                 return budget - count
             victim = self.running[-1]
             budget += batch.remove(victim)
-            self._reset(victim)
+            self.reset_request(victim)
             batch.preempted.append(victim.request_id)
             self.num_preemptions += 1
             if victim is request:
@@ -251,7 +271,8 @@ class Scheduler:
             request.num_named = matched
             request.num_reused = matched * block_size
             request.num_loaded = loaded
-            request.loading = loaded > 0
+            if loaded:
+                batch.loading.add(request)
             self.waiting.remove(request)
             self.running.append(request)
             self._enter(batch, request, computed, count, fresh)
@@ -370,12 +391,13 @@ class Scheduler:
     def _enter(
         self, batch: Batch, request: EngineRequest, start: int, count: int, fresh: Sequence[Sequence[int]]
     ) -> None:
-        batch.entries.append((request, start, count))
+        samples = start + count == len(request.tokens) + request.num_pending
+        batch.parts.append(BatchPart(request, request.run, start, count, samples))
         for pages, taken in zip(batch.fresh, fresh, strict=True):
             pages += taken
 
-    def _reset(self, request: EngineRequest) -> None:
-        """Take a running request's pages back and queue it as the next one."""
+    def reset_request(self, request: EngineRequest) -> None:
+        """Take a running request's pages back and queue it as the next one; what is in flight does not count."""
         self.running.remove(request)
         self._cache.release_all(request.tables)
         request.reset()

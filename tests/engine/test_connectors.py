@@ -164,15 +164,15 @@ def test_abort_while_loading_frees_pages_when_the_load_has_ended(
         make_model("llama"), use_store(dict_store(read=slow, frames=store.frames)), block_size=8, async_load=True
     ) as llm:
         ids = [llm.add_request(prompt, PARAMS) for prompt in batch]
-        while not llm._scheduler.parked:
+        while not llm._core.scheduler.parked:
             llm.step()
         for request_id in rng.sample(ids, 3):
-            parked = request_id in llm._scheduler.parked
+            parked = request_id in llm._core.scheduler.parked
             assert llm.abort(request_id) is not None
             ids.remove(request_id)
-            assert not parked or llm._cache.pools[0].num_held > 0
+            assert not parked or llm._core.cache.pools[0].num_held > 0
         finished = {}
-        while llm._scheduler.has_requests or llm._has_connector_work():
+        while llm._core.scheduler.has_requests or llm._core.has_connector_work:
             for output in llm.step():
                 finished[output.request_id] = output.finished
         numbers = {request_id: int(request_id.split("-")[1]) for request_id in ids}
@@ -541,10 +541,10 @@ def test_forward_that_raises_leaves_an_engine_that_works(
     original = ModelRunner.forward
     steps = iter([False, True, False])
 
-    def forward(self: Any, batch: Any) -> Any:
+    def forward(self: Any, batch: Any, sampled: Any) -> Any:
         if next(steps, False):
             raise KeyboardInterrupt
-        return original(self, batch)
+        return original(self, batch, sampled)
 
     monkeypatch.setattr(ModelRunner, "forward", forward)
     with LLM(make_model("llama"), "host://?capacity=64MiB", block_size=8, max_batch_tokens=64) as llm:
@@ -576,9 +576,9 @@ def test_pages_of_a_finished_request_stay_until_its_save_is_reported(monkeypatch
     monkeypatch.setattr(OffloadWorker, "get_finished", get_finished)
     with LLM(make_model("llama"), "host://?capacity=64MiB", block_size=8) as llm:
         llm.generate([list(range(40))], PARAMS)
-        assert llm._cache.pools[0].num_held > 0
+        assert llm._core.cache.pools[0].num_held > 0
         llm.step()
-        assert llm._cache.pools[0].num_held > 0
+        assert llm._core.cache.pools[0].num_held > 0
         llm.step()
         check_pages(llm)
 

@@ -29,7 +29,7 @@ def prompts(seed: int, count: int = 5, longest: int = 150) -> list[list[int]]:
 
 
 def check_pages(llm: LLM) -> None:
-    for pool in llm._cache.pools:
+    for pool in llm._core.cache.pools:
         pool.check_integrity()
         assert pool.num_held == 0, "a finished request keeps pages"
 
@@ -117,9 +117,9 @@ def test_fresh_pages_hold_nan_until_they_are_written(llama: Any) -> None:
     with LLM(llama, block_size=8) as llm:
         llm.generate([list(range(20))], SamplingParams(max_tokens=1))
         request = llm._new_request(list(range(20)), SamplingParams(max_tokens=1))
-        llm._scheduler.add(request)
-        request.chain.hashes[0] = next(iter(llm._cache.pools[0]._page_of))
-        for layer in llm._cache.layers:
+        llm._core.scheduler.add(request)
+        request.chain.hashes[0] = next(iter(llm._core.cache.pools[0]._page_of))
+        for layer in llm._core.cache.layers:
             layer.key.fill_(torch.nan)
         with pytest.raises(RuntimeError, match="nobody wrote"):
             llm.step()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvconnect import LLM, SamplingParams
-from kvconnect.engine.sampling import choose_token, make_generator
+from kvconnect.engine.sampling import choose_token, draw
 from kvconnect.errors import ConfigError
 from tests.conftest import Reference, make_model
 from tests.engine.test_generate import check_pages, prompts
@@ -19,18 +19,20 @@ SAMPLED = SamplingParams(max_tokens=12, temperature=0.8, top_p=0.95, seed=7)
 
 def test_frequencies_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    generator = make_generator(3)
-    draws = torch.tensor([choose_token(logits, 0.5, 1.0, generator) for _ in range(20_000)])
+    draws = torch.tensor([choose_token(logits, 0.5, 1.0, draw(3, position)) for position in range(20_000)])
     found = torch.bincount(draws, minlength=4) / len(draws)
     assert torch.allclose(found, torch.softmax(logits / 0.5, 0), atol=0.01)
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     logits = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
-    generator = make_generator(3)
-    assert {choose_token(logits, 1.0, 0.5, generator) for _ in range(200)} == {1}
-    assert {choose_token(logits, 1.0, 0.6, generator) for _ in range(500)} == {1, 3}
-    assert {choose_token(logits, 1.0, 1.0, generator) for _ in range(500)} == {0, 1, 2, 3}
+
+    def chosen(top_p: float) -> set[int]:
+        return {choose_token(logits, 1.0, top_p, draw(3, position)) for position in range(500)}
+
+    assert chosen(0.5) == {1}
+    assert chosen(0.6) == {1, 3}
+    assert chosen(1.0) == {0, 1, 2, 3}
 
 
 def test_seeded_output_does_not_depend_on_the_batch_or_on_preemption() -> None:
@@ -85,7 +87,7 @@ def test_leaving_a_stream_early_frees_its_pages() -> None:
             assert output.finished is None
             break
         check_pages(llm)
-        assert not llm._scheduler.has_requests
+        assert not llm._core.scheduler.has_requests
 
 
 @pytest.mark.parametrize("connector", [None, "host://?capacity=64MiB"])

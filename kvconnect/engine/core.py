@@ -1,0 +1,256 @@
+"""The engine's steps, with every call that a connector gets, in order. Knows no texts and no stop conditions.
+
+Read `EngineCore.step`. A step is planned, run and taken. With asynchronous scheduling it is taken only after the next
+one was planned and has run: the plan of step N+1 is built before the reports of step N are seen, on a token that nobody
+has read yet, as engines do that keep a GPU busy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from kvconnect.driver import LeaderDriver, WorkerDriver
+from kvconnect.engine.model import LoadedModel
+from kvconnect.engine.pages import PagedCache
+from kvconnect.engine.request import EngineRequest, FinishReason
+from kvconnect.engine.runner import ModelRunner
+from kvconnect.engine.sampling import choose_token, draw
+from kvconnect.engine.scheduler import Batch, Scheduler
+from kvconnect.protocol import Finished
+
+__all__ = ["EngineCore", "NewToken"]
+
+_UNWRITTEN = "attention read KV that nobody wrote"
+_IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
+
+
+class NewToken(NamedTuple):
+    """A token that was generated: whose it is, and why it was the last one, if it was."""
+
+    request: EngineRequest
+    token: int
+    finish_reason: FinishReason | None
+
+
+class _Ran:
+    """A step that has run and was not taken yet.
+
+    Attributes:
+        batch: What it computed.
+        sampled: The token of each request that got one.
+        failed: Requests whose loads the workers say failed.
+        unwritten: Requests that read KV that nobody wrote although no worker said so.
+        bad_pages: Pages that were not loaded, by group; None if no load of the step can be trusted.
+        finished: What each rank said of asynchronous transfers.
+        reports: What each rank reports to the leader.
+        error: What the forward pass raised.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        """Begin with nothing known."""
+        self.batch = batch
+        self.sampled: dict[EngineRequest, int] = {}
+        self.failed: set[EngineRequest] = set()
+        self.unwritten: set[EngineRequest] = set()
+        self.bad_pages: list[set[int]] | None = []
+        self.finished: list[Finished] = []
+        self.reports: list[bytes] = []
+        self.error: BaseException | None = None
+
+    @property
+    def lost(self) -> set[EngineRequest]:
+        """Requests for which nothing that the step computed counts."""
+        if self.error is not None:
+            return {part.request for part in self.batch.parts}
+        return self.failed | self.unwritten
+
+
+class EngineCore:
+    """Scheduler, model runner, pages and connector, in one thread.
+
+    Attributes:
+        scheduler: Decides.
+        cache: The pages.
+        num_unwritten: Requests that read KV that nobody wrote.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: PagedCache,
+        leader: LeaderDriver | None,
+        workers: Sequence[WorkerDriver],
+        *,
+        ends: Callable[[EngineRequest], FinishReason | None],
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        async_scheduling: bool,
+    ) -> None:
+        """Start with no requests; the connector stays the caller's to shut down.
+
+        Args:
+            loaded: The model.
+            cache: Its pages.
+            leader: Of the connector, None for none.
+            workers: One a rank.
+            ends: Says why a request ends with the token that it got last, None if it goes on.
+            max_batch_tokens: Tokens a step.
+            max_num_seqs: Requests running at once.
+            async_scheduling: Plan and run each step before the results of the one before it are taken.
+        """
+        self.cache = cache
+        self.scheduler = Scheduler(cache, leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self.num_unwritten = 0
+        self._leader = leader
+        self._workers = workers
+        self._runner = ModelRunner(loaded, cache, workers)
+        self._ends = ends
+        self._async_scheduling = async_scheduling
+        self._in_flight: deque[_Ran] = deque()
+
+    @property
+    def has_connector_work(self) -> bool:
+        """Whether the connector needs steps although nothing is to be computed."""
+        pending = self._leader is not None and self._leader.has_pending_work()
+        return pending or bool(self._in_flight) or self.scheduler.num_saving > 0
+
+    def step(self) -> list[NewToken]:
+        """Run one step; return the tokens of the step that was taken.
+
+        Raises:
+            RuntimeError: If a request with nothing from a connector read KV that nobody wrote.
+            BaseException: What the forward pass raised; its requests are queued again.
+        """
+        batch = self.scheduler.schedule()
+        before = self._in_flight[-1] if self._in_flight else None
+        try:
+            meta = None if self._leader is None else self._leader.build_connector_meta(self.scheduler.output(batch))
+            self._in_flight.append(self._run(batch, meta, before))
+        except BaseException:  # an interrupt in the middle of a hook: the connector's half of this step never ended
+            self._reset(batch, {part.request for part in batch.parts})
+            raise
+        keep = 1 if self._async_scheduling and batch.parts else 0
+        tokens: list[NewToken] = []
+        while len(self._in_flight) > keep:
+            tokens += self._take(self._in_flight.popleft())
+        if not batch.parts and self.scheduler.has_requests:
+            time.sleep(_IDLE_S)
+        return tokens
+
+    def _run(self, batch: Batch, meta: bytes | None, before: _Ran | None) -> _Ran:
+        """Do what workers do: load, compute, sample, save, report.
+
+        Args:
+            batch: The step.
+            meta: Its plan.
+            before: The step before, if its results were not taken yet.
+        """
+        ran = _Ran(batch)
+        self.cache.fill_fresh(batch.fresh)
+        for worker in self._workers:
+            worker.bind(meta)
+            worker.start_load_kv()
+        logits = None
+        try:
+            if batch.parts:
+                logits = self._runner.forward(batch, {} if before is None else before.sampled)
+        except BaseException as error:  # raised again when the step is taken
+            ran.error = error
+            self._fail_step(f"the forward pass failed: {type(error).__name__}")
+        newly_saving = self.scheduler.take_newly_saving()
+        ran.bad_pages = [set() for _ in self.cache.pools]
+        for worker in self._workers:
+            worker.wait_for_save()
+            ran.finished.append(worker.get_finished(newly_saving))
+            ran.bad_pages = _union(ran.bad_pages, worker.get_block_ids_with_load_errors())
+        ran.failed = batch.failed_loads(ran.bad_pages)
+        if logits is not None:
+            self._sample(ran, logits, set() if before is None else before.lost)
+        ran.reports = [worker.build_worker_report() for worker in self._workers]
+        return ran
+
+    def _sample(self, ran: _Ran, logits: torch.Tensor, lost: set[EngineRequest]) -> None:
+        """Choose tokens, and find out who read KV that nobody wrote: fresh pages hold NaN, and NaN reaches the logits.
+
+        A connector that says it loaded and did not is the way to get there; nothing of such a step is committed.
+
+        Args:
+            ran: The step.
+            logits: Of each part's last token.
+            lost: Requests that stand on a step that failed.
+        """
+        finite = torch.isfinite(logits).all(dim=1).tolist()
+        for part, row, good in zip(ran.batch.parts, logits, finite, strict=True):
+            request, params = part.request, part.request.params
+            if not good:
+                ran.unwritten.add(request)
+            elif part.samples:
+                drawn = draw(request.seed, part.start + part.num_tokens) if params.temperature else 0.0
+                ran.sampled[request] = choose_token(row, params.temperature, params.top_p, drawn)
+        ran.unwritten -= ran.failed | lost
+        if ran.unwritten:
+            self._fail_step(_UNWRITTEN)
+
+    def _fail_step(self, why: str) -> None:
+        for worker in self._workers:
+            worker.fail_step(why)
+
+    def _take(self, ran: _Ran) -> list[NewToken]:
+        """Take a step's results: the leader commits or voids, loads that failed are computed, tokens come out."""
+        num_ranks = len(self._workers)
+        if self._leader is not None:
+            self._leader.update_connector_output(ran.reports)
+        self.scheduler.note_bad_pages(ran.bad_pages)
+        for rank, finished in enumerate(ran.finished):
+            self.scheduler.saves_ended(rank, finished.saved, num_ranks=num_ranks)
+            self.scheduler.loads_ended(rank, finished.loaded, num_ranks=num_ranks)
+        impossible = self._count_failures(ran)
+        self._reset(ran.batch, {part.request for part in ran.batch.parts} if impossible else ran.lost)
+        if ran.error is not None:
+            raise ran.error
+        if impossible:
+            raise RuntimeError(f"{_UNWRITTEN}, without a connector's part in it")
+        tokens: list[NewToken] = []
+        for part in ran.batch.parts:
+            if not part.counts:  # it ended, or began again, while the step ran
+                continue
+            self.scheduler.advance(part)
+            if part.samples:
+                token = ran.sampled[part.request]
+                part.request.append(token)
+                reason = self._ends(part.request)
+                if reason is not None:
+                    self.scheduler.finish(part.request)
+                tokens.append(NewToken(part.request, token, reason))
+        return tokens
+
+    def _reset(self, batch: Batch, requests: set[EngineRequest]) -> None:
+        for part in batch.parts:
+            if part.counts and part.request in requests:
+                self.scheduler.reset_request(part.request)
+
+    def _count_failures(self, ran: _Ran) -> bool:
+        """Count against each request what the step lost; say whether it lost what no connector can have had part in."""
+        alive = {part.request for part in ran.batch.parts if part.counts}
+        for request in ran.failed & alive:
+            request.failed_loads += 1
+        unwritten = ran.unwritten & alive
+        self.num_unwritten += len(unwritten)
+        impossible = any(
+            self._leader is None or request.failed_loads >= request.MAX_FAILED_LOADS for request in unwritten
+        )
+        for request in unwritten:
+            request.failed_loads = request.MAX_FAILED_LOADS
+        return impossible
+
+
+def _union(pages: list[set[int]] | None, more: Sequence[set[int]] | None) -> list[set[int]] | None:
+    """Join the pages of two ranks, by group; None, which trusts nothing, stays."""
+    if pages is None or more is None:
+        return None
+    return [mine | other for mine, other in zip(pages, more, strict=True)]
