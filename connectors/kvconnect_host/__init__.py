@@ -5,7 +5,7 @@ Alone it keeps blocks in host memory; with stores behind it in the list, they li
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvconnect.options import ByteSize, Options, Secret
 from kvconnect.protocol import Capabilities, Connector, LeaderContext, WorkerContext, hookimpl
@@ -24,10 +24,13 @@ class HostOptions(Options, frozen=True):
         capacity: Host bytes of the whole engine, divided by the ranks on the machine.
         key_secret: Keys the block hashes, so that who can list a store cannot confirm a guessed prompt; the same for
             everyone who shares it.
+        load_policy: ``always`` loads what the stores have; ``cost`` computes what they would take longer to bring, by
+            the measured rates of stores and prefill.
     """
 
     capacity: ByteSize = ByteSize("2GiB")
     key_secret: Secret = Secret("")
+    load_policy: Literal["always", "cost"] = "always"
 
 
 class HostConnector(Connector):
@@ -40,7 +43,7 @@ class HostConnector(Connector):
         """Make the offload leader."""
         from kvconnect.leader import OffloadLeader  # late: listing connectors needs no leader
 
-        return OffloadLeader(context, key_secret=options.key_secret.encode())
+        return OffloadLeader(context, key_secret=options.key_secret.encode(), load_policy=options.load_policy)
 
     def make_worker(self, options: HostOptions, context: WorkerContext) -> OffloadWorker:
         """Make one rank's offload worker."""

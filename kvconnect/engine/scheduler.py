@@ -28,10 +28,13 @@ _SAVE_DEADLINE_S = 30.0
 _LOAD_DEADLINE_S = 60.0
 
 
-class _Saving(NamedTuple):
-    tables: list[list[int]]
-    deadline: float
-    ranks: set[int]
+class _Saving:
+    """Pages of a request that has ended; `deadline` begins with the first step after that."""
+
+    def __init__(self, tables: list[list[int]]) -> None:
+        self.tables = tables
+        self.deadline = float("inf")
+        self.ranks: set[int] = set()
 
 
 class BatchPart(NamedTuple):
@@ -183,7 +186,7 @@ class Scheduler:
         request.run += 1
         self.running.remove(request)
         if self._leader is not None and self._leader.request_finished(request.view(), request.tables):
-            self._saving[request.request_id] = _Saving(request.tables, time.monotonic() + _SAVE_DEADLINE_S, set())
+            self._saving[request.request_id] = _Saving(request.tables)
             self._newly_saving.add(request.request_id)
         else:
             self._cache.release_all(request.tables)
@@ -204,6 +207,8 @@ class Scheduler:
     def take_newly_saving(self) -> frozenset[str]:
         """Return the requests that ended since the last call and whose pages wait for their saves."""
         ids, self._newly_saving = frozenset(self._newly_saving), set()
+        for request_id in ids:
+            self._saving[request_id].deadline = time.monotonic() + _SAVE_DEADLINE_S
         return ids
 
     def saves_ended(self, rank: int, request_ids: frozenset[str], *, num_ranks: int) -> None:
@@ -212,11 +217,11 @@ class Scheduler:
             self._saving[request_id].ranks.add(rank)
         now = time.monotonic()
         for request_id, saving in list(self._saving.items()):
-            late = now > saving.deadline
-            if late or len(saving.ranks) == num_ranks:
+            complete = len(saving.ranks) == num_ranks
+            if complete or now > saving.deadline:
                 self._cache.release_all(saving.tables)
                 del self._saving[request_id]
-                if late:
+                if not complete:
                     self.num_lost_saves += 1
                     logger.warning("kvconnect: saves of %s were not reported in time; its pages are freed", request_id)
 

@@ -7,10 +7,10 @@ step or in one before it that was still open when the save was planned: those sa
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvconnect.leader.index import Entry
-from kvconnect.leader.request import PlannedLoad, RequestState
+from kvconnect.leader.request import PlannedLoad, PlannedSave, RequestState
 from kvconnect.protocol.messages import Move, Report, pack_ints, unpack_ints
 
 __all__ = ["OpenStep", "StepLedger", "StepOutcome"]
@@ -25,21 +25,27 @@ class OpenStep:
         loads: What each request loads in it.
         promotes: Its promotions.
         demotes: Its demotions.
+        ended: Requests that have ended and whose last saves it has.
     """
 
-    __slots__ = ("demotes", "failed", "failed_slots", "loads", "promotes", "saves", "step", "void", "waiting")
+    __slots__ = ("demotes", "ended", "failed", "failed_slots", "loads", "promotes", "saves", "step", "void", "waiting")
 
     def __init__(self, step: int, ranks: Iterable[int]) -> None:
         """Open a step that every rank in `ranks` will report."""
         self.step = step
-        self.saves: list[tuple[RequestState, list[Entry]]] = []
-        self.loads: list[tuple[RequestState, list[PlannedLoad]]] = []
+        self.saves: list[tuple[RequestState, list[PlannedSave]]] = []
+        self.loads: list[tuple[RequestState, Sequence[PlannedLoad]]] = []
         self.promotes: list[Move] = []
         self.demotes: list[Move] = []
+        self.ended: tuple[str, ...] = ()
         self.waiting = set(ranks)
         self.failed: set[str] = set()
         self.failed_slots: set[int] = set()
         self.void = False
+
+    def fail(self, request_ids: Iterable[str]) -> None:
+        """Note requests of which a load failed in this step."""
+        self.failed.update(request_ids)
 
 
 class StepOutcome:
@@ -50,16 +56,18 @@ class StepOutcome:
         voided: Entries to forget.
         loaded: Loads whose claims end.
         lost: Loads of a step that failed as a whole, by request.
+        ended: Ended requests whose pages nothing needs any more.
     """
 
-    __slots__ = ("committed", "loaded", "lost", "voided")
+    __slots__ = ("committed", "ended", "loaded", "lost", "voided")
 
     def __init__(self) -> None:
         """Start empty."""
         self.committed: list[Entry] = []
         self.voided: list[Entry] = []
         self.loaded: list[Entry] = []
-        self.lost: list[tuple[RequestState, list[PlannedLoad]]] = []
+        self.lost: list[tuple[RequestState, Sequence[PlannedLoad]]] = []
+        self.ended: tuple[str, ...] = ()
 
 
 class StepLedger:
@@ -113,6 +121,12 @@ class StepLedger:
         """Say whether a step is open in which the request loads."""
         return any(request.request_id == request_id for opened in self._open.values() for request, _ in opened.loads)
 
+    def loads_of(self, step: int, request_id: str) -> list[PlannedLoad]:
+        """Return what a request loads in a step that is open; nothing for any other step or request."""
+        opened = self._open.get(step)
+        mine = () if opened is None else opened.loads
+        return [load for request, loads in mine if request.request_id == request_id for load in loads]
+
     def void_open_steps(self) -> None:
         """Commit nothing of the steps that are open now."""
         for opened in self._open.values():
@@ -131,7 +145,7 @@ class StepLedger:
         if report.error:
             opened.void = True
         else:
-            opened.failed.update(error.request_id for error in report.load_errors)
+            opened.fail(error.request_id for error in report.load_errors)
             opened.failed_slots.update(unpack_ints(report.failed_saves))
         if opened.waiting:
             return None
@@ -146,11 +160,13 @@ class StepLedger:
                 outcome.lost.append((request, loads))
             if opened.void or request.request_id in opened.failed:
                 request.void_until = self._last_step  # later steps that are planned already stand on this one
-        for request, entries in opened.saves:
-            if opened.void or opened.step <= request.void_until or request.request_id in opened.failed:
-                outcome.voided += entries
-            else:
-                for entry in entries:
-                    bad = entry.slot in opened.failed_slots
-                    (outcome.voided if bad else outcome.committed).append(entry)
+        for request, saves in opened.saves:
+            garbage = opened.step <= request.void_until or request.request_id in opened.failed
+            if garbage and saves:
+                request.save_again(min(ordinal for _, ordinal in saves))
+            for entry, _ in saves:
+                bad = garbage or opened.void or entry.slot in opened.failed_slots
+                (outcome.voided if bad else outcome.committed).append(entry)
+        if not opened.void:
+            outcome.ended = opened.ended
         return outcome

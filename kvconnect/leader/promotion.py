@@ -39,6 +39,11 @@ class TierTraffic:
         """Whether anything is wanted or on its way."""
         return bool(self._to_demote or self._demoting or self._promoting or self._wanting)
 
+    @property
+    def num_promoting(self) -> int:
+        """Blocks that are on their way up."""
+        return len(self._promoting)
+
     def tier_of(self, group: int, block_hash: BlockHash) -> int:
         """Return the first readable tier that is believed to hold the block, -1 for none."""
         for tier in self._readable:

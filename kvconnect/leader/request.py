@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+
+from kvconnect.errors import UnsupportedError
 from kvconnect.leader.index import BlockIndex, Entry
 from kvconnect.protocol import BlockChain, BlockHash, RequestView
 
-__all__ = ["PlannedLoad", "RequestState"]
+__all__ = ["PlannedLoad", "PlannedSave", "RequestState"]
+
+logger = logging.getLogger(__name__)
+
+PlannedSave = tuple[Entry, int]
+"""A reserved entry and which block of the request's sequence fills it."""
 
 
 class PlannedLoad:
@@ -31,9 +40,12 @@ class RequestState:
         reads: Whether it may load.
         writes: Whether it may save.
         first: Block from which the last offer counted.
-        next_save: First block that was not yet considered for saving.
+        next_save: First block that was not yet considered for saving; None before it was scheduled.
+        planned_tokens: Tokens that are computed once every step planned so far has run.
+        last_step: The last step that had a part for it, -1 for none.
         loads: Loads for the next plan.
         parked: Whether the request was offered an asynchronous load, and waits for it once it has pages.
+        loads_below: Whether what lies in stores is loaded, False if computing is faster, None if not decided.
         looked_up: Whether the stores were asked about its blocks.
         tried: Promotions asked for already, (tier, group, block): each is tried once.
         wanted: Blocks to promote in the next plan, (tier, group, block ordinal).
@@ -48,10 +60,13 @@ class RequestState:
         "first",
         "give_up_at",
         "held",
+        "last_step",
         "loads",
+        "loads_below",
         "looked_up",
         "next_save",
         "parked",
+        "planned_tokens",
         "promoting",
         "reads",
         "request_id",
@@ -68,9 +83,12 @@ class RequestState:
         self.reads = chain is not None and request.cache in ("both", "read")
         self.writes = chain is not None and request.cache in ("both", "write")
         self.first = 0
-        self.next_save = 0
+        self.next_save: int | None = None
+        self.planned_tokens = 0
+        self.last_step = -1
         self.loads: list[PlannedLoad] = []
         self.parked = False
+        self.loads_below: bool | None = None
         self.looked_up = False
         self.tried: set[tuple[int, int, int]] = set()
         self.wanted: list[tuple[int, int, int]] = []
@@ -78,6 +96,23 @@ class RequestState:
         self.held: list[Entry] = []
         self.give_up_at = 0.0
         self.void_until = -1
+
+    def extend(self, tokens: Sequence[int]) -> bool:
+        """Hash more of the sequence's tokens; False, and no caching any more, if one of them is none."""
+        if self.chain is None:
+            return False
+        try:
+            self.chain.extend(tokens)
+        except UnsupportedError as error:
+            logger.debug("request %s is not cached any more: %s", self.request_id, error)
+            self.stop_caching()
+            return False
+        return True
+
+    def save_again(self, ordinal: int) -> None:
+        """Consider blocks from `ordinal` on once more: what was saved of them is void."""
+        if self.next_save is not None:
+            self.next_save = min(self.next_save, ordinal)
 
     def stop_caching(self) -> None:
         """Neither load nor save for this request any more: what is known of its tokens is not certain."""

@@ -120,6 +120,8 @@ class Plan(_Message, frozen=True, array_like=True):
         fails: Loads that the leader knows cannot be made; the worker reports them like its own failures.
         parked: Requests with an asynchronous load.
         ends: Those of them whose asynchronous load is complete with this plan's loads, or given up.
+        saved: Requests that have ended and whose pages nothing needs once this plan's saves are made. A plan names
+            each until a step that did is reported; a worker says it once.
     """
 
     KIND: ClassVar[bytes] = b"P"
@@ -134,6 +136,7 @@ class Plan(_Message, frozen=True, array_like=True):
     fails: PackedMoves = PackedMoves()
     parked: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
 
 
 class LoadError(msgspec.Struct, frozen=True, array_like=True):
@@ -159,6 +162,7 @@ class Report(_Message, frozen=True, array_like=True):
         quarantined: Slots that a hung store call may still touch; not to be reused.
         released: Slots whose hung call has returned.
         error: What a hook raised in this step, ``""`` for nothing; then nothing of the step is committed.
+        reads: ``(tier, blocks, microseconds)`` of each store read that ended or missed its deadline, flattened.
     """
 
     KIND: ClassVar[bytes] = b"R"
@@ -174,6 +178,7 @@ class Report(_Message, frozen=True, array_like=True):
     quarantined: bytes = b""
     released: bytes = b""
     error: str = ""
+    reads: bytes = b""
 
     def check(self) -> None:
         """Check the packed columns, so that a report is taken whole or not at all.
@@ -185,9 +190,9 @@ class Report(_Message, frozen=True, array_like=True):
             unpack_ints(packed)
         for error in self.load_errors:
             unpack_ints(error.ordinals)
-        for pairs in (self.demoted, self.not_demoted):
-            if len(unpack_ints(pairs)) % 2:
-                raise MetadataError(f"{len(pairs)} bytes of (tier, slot) pairs")
+        for rows, width in ((self.demoted, 2), (self.not_demoted, 2), (self.reads, 3)):
+            if len(unpack_ints(rows)) % width:
+                raise MetadataError(f"{len(rows)} bytes of rows of {width} integers")
 
 
 class GroupHandshake(msgspec.Struct, frozen=True, array_like=True):

@@ -10,7 +10,11 @@ from kvconnect.errors import ConfigError
 from kvconnect.options import Options
 from kvconnect.store.base import BlockStore, StoreContext
 
-__all__ = ["Tier", "TierOptions"]
+__all__ = ["Tier", "TierOptions", "blocks_a_call"]
+
+# One store call moves at most this much, so that several threads share a long list and a deadline stays fair.
+_CALL_BYTES = 8 << 20
+_CALL_BLOCKS = 32
 
 
 class TierOptions(Options, frozen=True):
@@ -54,3 +58,8 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
     def open(self) -> BlockStore:
         """Open the store in this process, on the calling thread."""
         return self.store_class(self.options, StoreContext(name=self.name, timeout_s=self.use.timeout_s))
+
+
+def blocks_a_call(payload_bytes: int) -> int:
+    """Return how many blocks of that size a worker moves in one store call."""
+    return max(1, min(_CALL_BLOCKS, _CALL_BYTES // payload_bytes))

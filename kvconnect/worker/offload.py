@@ -38,6 +38,8 @@ __all__ = ["OffloadWorker"]
 
 logger = logging.getLogger(__name__)
 
+_MAX_INT = 2**31 - 1
+
 
 class _Step:
     """What is left to do of a plan, and what went wrong with it. A list is emptied when its work begins."""
@@ -55,6 +57,7 @@ class _Step:
         "parked",
         "promotes",
         "request_ids",
+        "saved",
         "saves",
     )
 
@@ -74,6 +77,7 @@ class _Step:
         self.drops = plan.drops.unpack()
         self.parked = frozenset(plan.parked)
         self.ends = plan.ends
+        self.saved = plan.saved
         self.load_errors: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.bad_pages: list[set[int]] = [set() for _ in range(num_groups)]
         self.failed_saves: list[int] = []
@@ -110,6 +114,7 @@ class OffloadWorker(Worker):
         self._held: dict[int, tuple[int, bytes, str]] = {}  # slot -> group, hash and order of what lies in it
         self._endings = Endings()
         self._failed_requests: set[str] = set()  # with an asynchronous load of which some block failed
+        self._said_saved: set[str] = set()  # ended requests that a plan may name again
         self._promoting: dict[int, tuple[int, bytes]] = {}  # slot -> group and hash of what is on its way up
         self._counts: Counter[str] = Counter()
         self._log = FailureLog(logger)
@@ -164,6 +169,7 @@ class OffloadWorker(Worker):
         """
         self._now = _Step(Plan(step=-1), len(self._orders))
         self._now = _Step(Plan.decode(meta), len(self._orders))
+        self._said_saved &= set(self._now.saved)
 
     def start_load_kv(self) -> None:
         """Fill pages from slots, then start the store traffic in the background. Applied once a plan."""
@@ -204,11 +210,13 @@ class OffloadWorker(Worker):
         self._counts["save_us"] += round((time.perf_counter() - started) * 1e6)
 
     def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
-        """Name the requests whose asynchronous load ended with this step's plan; saves are never asynchronous."""
+        """Name the requests whose last saves or whose asynchronous load ended with this step's plan."""
+        saved, self._now.saved = frozenset(self._now.saved) - self._said_saved, ()
+        self._said_saved |= saved
         loaded, self._now.ends = frozenset(self._now.ends), ()
         failed = loaded & self._failed_requests
         self._failed_requests -= loaded
-        return Finished(frozenset(), loaded, failed)
+        return Finished(saved, loaded, failed)
 
     def get_block_ids_with_load_errors(self) -> list[set[int]]:
         """Return the pages of this step's failed loads, by group."""
@@ -245,6 +253,7 @@ class OffloadWorker(Worker):
             not_demoted=pack_ints(value for pair in endings.not_demoted for value in pair),
             quarantined=pack_ints(endings.quarantined),
             released=pack_ints(endings.released),
+            reads=pack_ints(min(value, _MAX_INT) for read in endings.reads for value in read),
         ).encode()
         self._endings = Endings()  # only now: what could not be said would be waited for
         return report

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,7 @@ from kvconnect.store import (
     Outcome,
     StoreThreads,
     Tier,
+    blocks_a_call,
     compress_frame,
     decompress_payload,
     open_frame,
@@ -35,9 +37,6 @@ __all__ = ["Endings", "SlotFrame", "StoreTransfers"]
 
 logger = logging.getLogger(__name__)
 
-# One store call moves at most this much, so that several threads share a long list and a deadline stays fair.
-_BATCH_BYTES = 8 << 20
-_BATCH_BLOCKS = 32
 _ZSTD_LEVEL = 1
 
 
@@ -55,7 +54,7 @@ class SlotFrame(NamedTuple):
 class Endings:
     """What ended and was not reported yet; slots, and ``(tier, slot)`` pairs for demotions."""
 
-    __slots__ = ("demoted", "not_demoted", "not_promoted", "promoted", "quarantined", "released")
+    __slots__ = ("demoted", "not_demoted", "not_promoted", "promoted", "quarantined", "reads", "released")
 
     def __init__(self) -> None:
         """Start empty."""
@@ -65,6 +64,7 @@ class Endings:
         self.not_demoted: list[tuple[int, int]] = []
         self.quarantined: list[int] = []
         self.released: list[int] = []
+        self.reads: list[tuple[int, int, int]] = []  # tier, blocks, microseconds
 
 
 class _Batch(NamedTuple):
@@ -148,9 +148,14 @@ class StoreTransfers:
         results: Sequence[object] = [None] * len(slots)
         if event.outcome is Outcome.DONE:
             results = event.result if batch.frames else ()
+            if batch.reads:
+                results, seconds = event.result
+                endings.reads.append((tier, len(slots), round(seconds * 1e6)))
         else:
             if event.outcome is Outcome.TIMED_OUT:
                 endings.quarantined += slots
+                if batch.reads:  # it took at least this long
+                    endings.reads.append((tier, len(slots), round(self._stores[tier].timeout_s * 1e6)))
             assert event.error is not None
             self._log.failed(f"{name} {'read' if batch.reads else 'write'}", event.error, max(1, len(slots)))
         for frame, result in zip(batch.frames, results, strict=True):
@@ -194,8 +199,11 @@ class StoreTransfers:
                 self._sealed[frame.slot] = frame.key
         return frame.memory[: HEADER_BYTES + frame.payload_bytes]
 
-    def _read(self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore) -> list[str | FrameCorrupt | None]:
-        """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
+    def _read(
+        self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore
+    ) -> tuple[list[str | FrameCorrupt | None], float]:
+        """Return, for each frame, the payload's order, or why it is a miss; and the seconds. Runs on a store thread."""
+        started = time.perf_counter()
         lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
         if len(lengths) != len(batch):
             raise ValueError(f"read answered {len(lengths)} of {len(batch)} keys")
@@ -212,7 +220,7 @@ class StoreTransfers:
                 bad.append(frame.key)
         if bad and removes:
             store.remove(bad)  # so that the block can be saved again: a store may keep what it has
-        return results
+        return results, time.perf_counter() - started
 
     def _verify(self, frame: SlotFrame, length: object) -> str:
         if not isinstance(length, int) or not 0 <= length <= len(frame.memory):
@@ -232,5 +240,5 @@ class StoreTransfers:
 def _batches(frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
     if not frames:
         return []
-    size = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // max(frame.payload_bytes for frame in frames)))
+    size = blocks_a_call(max(frame.payload_bytes for frame in frames))
     return [frames[i : i + size] for i in range(0, len(frames), size)]

@@ -45,8 +45,8 @@ def run(model: Any, connector: Any, batch: Sequence[Sequence[int]], **options: A
     """Run one engine from start to close; return its outputs and its last counters."""
     with LLM(model, connector, block_size=8, **options) as llm:
         outputs = llm.generate(batch, PARAMS)
-        check_pages(llm)
         llm.close()
+        check_pages(llm)
         stats = llm.get_stats()
     assert stats["leader"]["arena"]["claimed"] == stats["leader"]["arena"]["reserved"] == 0
     assert stats["leader"]["arena"]["promoting"] == stats["leader"]["requests"] == 0

@@ -68,7 +68,10 @@ def serve(llm: LLM, batch: list[list[int]], expected: list[list[int]], rng: rand
                 assert output.finished.token_ids == expected[running.pop(output.request_id)]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=int(__import__("os").environ.get("EXAMPLES", "40")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     family=st.sampled_from(["llama", "gemma3"]),
     seed=st.integers(0, 9),
@@ -77,6 +80,7 @@ def serve(llm: LLM, batch: list[list[int]], expected: list[list[int]], rng: rand
     pages=st.integers(16, 60),
     slots=st.integers(3, 80),
     async_load=st.booleans(),
+    async_scheduling=st.booleans(),
     num_ranks=st.sampled_from([1, 2]),
     aborts=st.booleans(),
     fault=st.sampled_from(sorted(FAULTS)),
@@ -93,6 +97,7 @@ def test_any_schedule_gives_the_same_tokens_and_leaves_nothing(
     pages: int,
     slots: int,
     async_load: bool,
+    async_scheduling: bool,
     num_ranks: int,
     aborts: bool,
     fault: str,
@@ -117,6 +122,7 @@ def test_any_schedule_gives_the_same_tokens_and_leaves_nothing(
             max_num_seqs=4,
             num_ranks=num_ranks,
             async_load=async_load,
+            async_scheduling=async_scheduling,
         ) as llm:
             for _ in range(2):
                 serve(llm, batch, expected, rng, aborts)

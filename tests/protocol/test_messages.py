@@ -22,7 +22,12 @@ PLAN = Plan(
     saves=PackedMoves.pack([Move(b"a" * 32, 0, 3, 5, 0, 7), Move(b"b" * 32, 1, 4, 6, 0, 8)]),
 )
 REPORT = Report(
-    step=42, rank=1, load_errors=(LoadError("r1", 0, pack_ints([5])),), failed_saves=pack_ints([5]), error="bad"
+    step=42,
+    rank=1,
+    load_errors=(LoadError("r1", 0, pack_ints([5])),),
+    failed_saves=pack_ints([5]),
+    error="bad",
+    reads=pack_ints([0, 32, 1500]),
 )
 HANDSHAKE = Handshake(rank=0, num_slots=1024, groups=(GroupHandshake(16, 0, 2, 8192, 0xDEADBEEF),))
 

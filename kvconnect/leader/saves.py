@@ -1,0 +1,98 @@
+"""Plans saves: each block once, in the first step that finds it full with all its tokens known. Moves nothing.
+
+Engines that plan ahead compute a block before its last token is known. Such a block is saved by a later plan; if the
+request has ended by then its pages are kept for one more plan, which names the request in `Plan.saved`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from kvconnect.leader.draft import PlanDraft
+from kvconnect.leader.index import BlockIndex, State
+from kvconnect.leader.request import RequestState
+from kvconnect.protocol import RequestView, ScheduledRequest
+
+__all__ = ["SavePlanner"]
+
+
+class SavePlanner:
+    """Reserves slots for blocks that steps fill."""
+
+    def __init__(self, index: BlockIndex, block_size: int, counts: Counter[str]) -> None:
+        """Plan into the slots of `index`; `counts` gets ``save_blocks`` and ``saves_without_slot``."""
+        self._index = index
+        self._block_size = block_size
+        self._counts = counts
+        self._ended: dict[str, tuple[RequestState, list[list[int]]]] = {}  # requests whose pages are kept
+
+    @property
+    def ended(self) -> tuple[str, ...]:
+        """Requests that have ended and whose pages are kept."""
+        return tuple(self._ended)
+
+    def plan(self, draft: PlanDraft, state: RequestState, scheduled: ScheduledRequest) -> None:
+        """Save what the step fills, and what it finds full and unsaved."""
+        if not state.writes or state.chain is None:
+            return
+        start = scheduled.num_computed_tokens // self._block_size
+        state.planned_tokens = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens
+        state.last_step = draft.opened.step
+        # what lies on the device already was saved by whoever computed it; what a reset took back is computed anew
+        if state.next_save is not None:
+            start = min(start, state.next_save)
+        self._save(draft, state, scheduled.block_ids, start)
+
+    def end(self, state: RequestState, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
+        """Say whether a request that has ended still has blocks to save: then its pages must be kept."""
+        if not state.writes or state.chain is None or state.next_save is None:
+            return False
+        if not state.extend(request.tokens[state.chain.num_tokens :]):
+            return False
+        full = min(state.planned_tokens, state.chain.num_tokens) // self._block_size
+        if state.next_save >= full or not any(page >= 0 for table in block_ids for page in table[state.next_save :]):
+            return False
+        self._ended[request.request_id] = (state, [list(table) for table in block_ids])
+        return True
+
+    def plan_ended(self, draft: PlanDraft) -> None:
+        """Save the last blocks of requests that have ended, once; name them until the step is reported."""
+        for state, tables in self._ended.values():
+            if tables:
+                # a load that failed in the last step it had a part in: what that step computed is garbage
+                if state.void_until < state.last_step and state.chain is not None and state.next_save is not None:
+                    self._save(draft, state, tables, state.next_save)
+                tables.clear()
+        draft.opened.ended = tuple(self._ended)
+
+    def reported(self, request_ids: Sequence[str]) -> None:
+        """Learn that every rank did what a plan said for these ended requests."""
+        for request_id in request_ids:
+            self._ended.pop(request_id, None)
+
+    def drop_ended(self) -> None:
+        """Save nothing more of requests that have ended: their hashes belong to an old epoch."""
+        for _, tables in self._ended.values():
+            tables.clear()
+
+    def _save(self, draft: PlanDraft, state: RequestState, tables: Sequence[Sequence[int]], start: int) -> None:
+        assert state.chain is not None, "a request that is not cached is not saved"
+        hashes = state.chain.hashes
+        end = min(state.planned_tokens // self._block_size, len(hashes))
+        state.next_save = end
+        if start >= end:
+            return
+        planned = draft.begin_saves(state)
+        for ordinal in range(start, end):
+            block_hash = hashes[ordinal]
+            for group, table in enumerate(tables):
+                if table[ordinal] < 0 or self._index.get(group, block_hash) is not None:
+                    continue
+                entry = self._index.reserve(block_hash, group, State.RESERVED)
+                if entry is None:
+                    self._counts["saves_without_slot"] += 1
+                    continue
+                planned.append((entry, ordinal))
+                draft.save(state, entry, table[ordinal], ordinal)
+        self._counts["save_blocks"] += len(planned)
