@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +18,11 @@ __all__ = ["PAGE_BYTES", "Arena", "available_memory"]
 
 PAGE_BYTES = mmap.PAGESIZE
 _HUGE_PAGE_BYTES = 2 << 20
+
+# A first write to a page costs more than the copy: 8 blocks of 96 KiB took 0.6 to 0.9 ms, 0.1 ms on pages made before.
+_AHEAD_BYTES = 16 << 20
+_AHEAD_STEPS = 4  # or as much as this many steps like the largest one will fill
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14: faults pages in without changing what they hold
 
 
 class Arena:
@@ -58,6 +66,31 @@ class Arena:
                 memory.madvise(mmap.MADV_HUGEPAGE)
             self.slots = torch.frombuffer(memory, dtype=torch.uint8).view(self.num_slots, self.slot_bytes)
         self._bytes = self.slots.view(-1).numpy().data
+        self._ahead = 0 if pinned else -(-_AHEAD_BYTES // self.slot_bytes)
+        self._touched = self.num_slots if pinned else 0  # slots whose pages are there, or are being made
+
+    def touch_ahead(self, slots: Sequence[int], submit: Callable[[Callable[[], Any]], Any]) -> None:
+        """Have the pages of slots that come next made in the background; low slots are handed out first.
+
+        Args:
+            slots: Those that a step fills.
+            submit: Runs a function on another thread; not called once the whole arena was written to.
+        """
+        if self._touched >= self.num_slots:
+            return
+        self._ahead = max(self._ahead, _AHEAD_STEPS * len(slots))
+        end = min(self.num_slots, max(slots, default=-1) + 1 + self._ahead)
+        if end <= self._touched + self._ahead // 2 and end < self.num_slots:
+            return
+        start, self._touched = self._touched, end
+        submit(lambda: self._populate(start, end))
+
+    def _populate(self, start: int, end: int) -> None:
+        """Fault in slots ``[start, end)``; where the kernel cannot, their first write does."""
+        address = self.slots.data_ptr() + start * self.slot_bytes
+        ctypes.CDLL(None).madvise(  # not mmap.madvise, which would stop every thread meanwhile
+            ctypes.c_void_p(address), ctypes.c_size_t((end - start) * self.slot_bytes), _POPULATE_WRITE
+        )
 
     def slot(self, number: int) -> memoryview:
         """Return the writable bytes of one slot.

@@ -7,7 +7,7 @@ meanwhile; `benchmarks/copies.py` measures it against memcpy, and against the ge
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -111,15 +111,15 @@ class BlockCopier:
 
     def _gather_words(self, pairs: Sequence[tuple[int, int]]) -> None:
         assert self._words is not None
-        for block_id, slot in pairs:
+        for block_id, slot, count in _runs(pairs):
             for slots, pages in self._words:
-                slots[slot] = pages[block_id]
+                slots[slot : slot + count] = pages[block_id : block_id + count]
 
     def _scatter_words(self, pairs: Sequence[tuple[int, int]]) -> None:
         assert self._words is not None
-        for block_id, slot in pairs:
+        for block_id, slot, count in _runs(pairs):
             for slots, pages in self._words:
-                pages[block_id] = slots[slot]
+                pages[block_id : block_id + count] = slots[slot : slot + count]
 
     def _gather_tensors(self, pairs: Sequence[tuple[int, int]]) -> None:
         for block_id, slot in pairs:
@@ -137,3 +137,13 @@ class BlockCopier:
             (row[start:end].view(region.tensor.dtype).view(region.block_shape), region)
             for start, end, region in self._parts
         ]
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """Yield (page, slot, count) of neighbours in both: one copy a run and region, where most prompts have one run."""
+    start = 0
+    for end in range(1, len(pairs) + 1):
+        block_id, slot = pairs[start]
+        if end == len(pairs) or pairs[end] != (block_id + end - start, slot + end - start):
+            yield block_id, slot, end - start
+            start = end

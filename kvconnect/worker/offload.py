@@ -105,6 +105,7 @@ class OffloadWorker(Worker):
         self._arena: Arena | None = None
         self._transfers: StoreTransfers | None = None
         self._pool: ThreadPoolExecutor | None = None
+        self._toucher: ThreadPoolExecutor | None = None
         self._copiers: list[BlockCopier] = []
         self._orders: list[str] = []
         self._payload_bytes: list[int] = []
@@ -140,7 +141,10 @@ class OffloadWorker(Worker):
         self._shards = [layout.shard(group) for group in numbers]
         self._namespace = self._context.namespace.digest(layout.groups[0].block_size)
         cores = len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvconnect-copy") if cores > 1 and not on_gpu else None
+        if cores > 1 and not on_gpu:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvconnect-copy")
+            self._toucher = ThreadPoolExecutor(1, thread_name_prefix="kvconnect-touch")
+        self._touch_ahead([])
         self._copiers = [
             BlockCopier(group, self._arena, order, self._pool)
             for group, order in zip(layout.groups, self._orders, strict=True)
@@ -208,6 +212,7 @@ class OffloadWorker(Worker):
                 self._held[move.slot] = (group, move.block_hash, self._orders[group])
             self._counts["saved_blocks"] += len(moves)
         self._counts["save_us"] += round((time.perf_counter() - started) * 1e6)
+        self._touch_ahead([move.slot for move in planned])
 
     def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
         """Name the requests whose last saves or whose asynchronous load ended with this step's plan."""
@@ -276,8 +281,9 @@ class OffloadWorker(Worker):
         """Close the stores after what is queued, and let the tensors go."""
         if self._transfers is not None:
             self._transfers.close()
-        if self._pool is not None:
-            self._pool.shutdown()
+        for pool in (self._pool, self._toucher):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)
         self._copiers = []
         self._layout = None
 
@@ -322,6 +328,10 @@ class OffloadWorker(Worker):
         self._now.load_errors[request_id, move.group].append(move.ordinal)
         self._now.bad_pages[move.group].add(move.target)
         self._counts["load_errors"] += 1
+
+    def _touch_ahead(self, slots: Sequence[int]) -> None:
+        if self._arena is not None and self._toucher is not None:
+            self._arena.touch_ahead(slots, self._toucher.submit)
 
     def _frame(self, move: Move) -> SlotFrame:
         assert self._arena is not None, "register_kv_caches comes first"

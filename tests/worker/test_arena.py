@@ -1,5 +1,11 @@
 """The arena: slots that do not overlap, and limits that are said at start."""
 
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from kvconnect.errors import ConfigError
@@ -27,3 +33,32 @@ def test_capacity_below_a_block_or_above_the_machine_is_refused() -> None:
         Arena(8191, 5000, pinned=False)
     with pytest.raises(ConfigError, match="of memory that are free"):
         Arena(available_memory() * 2, 5000, pinned=False)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(
+    tuple(map(int, os.uname().release.split(".")[:2])) < (5, 14), reason="this kernel has no MADV_POPULATE_WRITE"
+)
+def test_pages_that_come_next_are_made_ahead_once_and_keep_what_they_hold() -> None:
+    arena = Arena(256 << 20, 60 << 10, pinned=False)
+    asked: list[Callable[[], Any]] = []
+    before = resident_bytes()
+    arena.touch_ahead([], asked.append)
+    arena.slot(3)[:5] = b"bytes"
+    asked.pop()()
+    made = resident_bytes() - before
+    assert made == pytest.approx(16 << 20, rel=0.2)  # not the whole arena
+    assert bytes(arena.slot(3)[:5]) == b"bytes"
+    arena.touch_ahead([0, 1], asked.append)
+    assert not asked  # enough is there
+    arena.touch_ahead(range(200), asked.append)
+    asked.pop()()
+    assert resident_bytes() - before > 200 * arena.slot_bytes
+    arena.touch_ahead([arena.num_slots - 1], asked.append)
+    asked.pop()()
+    arena.touch_ahead([arena.num_slots - 1], asked.append)
+    assert not asked  # all of it is there
+    assert resident_bytes() - before == pytest.approx(arena.num_slots * arena.slot_bytes, rel=0.1)
