@@ -113,7 +113,9 @@ class LLM:
                 connector,
                 [cache.layout(rank, num_ranks) for rank in range(num_ranks)],
                 namespace=loaded.namespace,
-                engine=msgspec.structs.replace(ENGINE_CAPABILITIES, async_load=async_load),
+                engine=msgspec.structs.replace(
+                    ENGINE_CAPABILITIES, async_load=async_load, max_batch_tokens=max_batch_tokens
+                ),
             )
         self._core = EngineCore(
             loaded,

@@ -1,8 +1,8 @@
 """``load_policy=cost``: is it faster to load blocks from stores than to compute them? Measures, estimates, counts.
 
-A store's read of ``n`` blocks takes ``latency + n * each`` seconds; both come from the reads that workers report, by
-least squares over recent ones. Computing ``n`` tokens takes ``n`` times what a token took in recent prefill steps. What
-was not measured, or not for half a minute, is found out by loading: at first no more than one read's worth of blocks.
+Workers report what each store read took; steps are timed from plan to reports. Both are kept by size, because neither
+is proportional to it: a read has a way to go, a step has weights to read. A store of which no read was seen for half a
+minute is found out about by loading: at first no more than one read's worth of blocks.
 """
 
 from __future__ import annotations
@@ -15,82 +15,84 @@ from typing import Any
 from kvconnect.protocol import SchedulerOutput
 from kvconnect.store import Tier
 
-__all__ = ["LoadCost", "ReadTime"]
+__all__ = ["LoadCost", "TimeBySize"]
 
-_KEEP = 0.9  # how much of the evidence a new observation leaves: the last ten weigh about two thirds
+_WEIGHT = 0.2  # of a new observation once there are five: the last ten make up nine tenths
 _FRESH_S = 30.0  # a store that was refused is tried again after this: it may have become faster
-_SAME_SIZE = 0.01  # variance of read sizes below which latency cannot be told from rate
 
 
-class ReadTime:
-    """What reads of one store take."""
+class TimeBySize:
+    """What something takes, by how much it is; one moving average for each power of two."""
 
     def __init__(self) -> None:
         """Know nothing."""
-        self._sums = (0.0, 0.0, 0.0, 0.0, 0.0)  # of 1, blocks, their squares, seconds, blocks times seconds
-        self._seen_at = 0.0
+        self._points: dict[int, tuple[float, float]] = {}  # bit length of the size -> average size, average seconds
+        self._counts: Counter[int] = Counter()
+        self.seen_at = float("-inf")
 
     @property
-    def known(self) -> bool:
-        """Whether a read was seen lately."""
-        return self._sums[0] > 0 and time.monotonic() - self._seen_at < _FRESH_S
+    def largest(self) -> float:
+        """The largest size that was seen, as an average; 0 for none."""
+        return max((size for size, _ in self._points.values()), default=0.0)
 
-    def add(self, blocks: int, seconds: float) -> None:
-        """Take one read of at least one block."""
-        new = (1.0, blocks, blocks**2, seconds, blocks * seconds)
-        calls, total, squares, spent, products = (
-            _KEEP * old + value for old, value in zip(self._sums, new, strict=True)
-        )
-        self._sums = (calls, total, squares, spent, products)
-        self._seen_at = time.monotonic()
+    def add(self, size: int, seconds: float) -> None:
+        """Take one observation of a positive size."""
+        bits = size.bit_length()
+        self._counts[bits] += 1
+        weight = max(_WEIGHT, 1 / self._counts[bits])
+        old_size, old_seconds = self._points.get(bits, (0.0, 0.0))
+        self._points[bits] = (old_size + weight * (size - old_size), old_seconds + weight * (seconds - old_seconds))
+        self.seen_at = time.monotonic()
 
-    def fit(self) -> tuple[float, float]:
-        """Return seconds a call and seconds a block, neither negative; (0, 0) if nothing is known."""
-        calls, total, squares, spent, products = self._sums
-        if not calls:
-            return 0.0, 0.0
-        mean, seconds = total / calls, spent / calls
-        variance = squares / calls - mean**2
-        slope = seconds / mean
-        if variance > _SAME_SIZE:
-            slope = min(max((products / calls - mean * seconds) / variance, 0.0), slope)
-        return seconds - slope * mean, slope
+    def seconds(self, size: float) -> float:
+        """Estimate: on the line between the sizes seen below and above; beyond the largest on that of the last two.
+
+        Below the smallest, and with one size alone, in proportion. 0 if nothing is known.
+        """
+        points = [(0.0, 0.0), *(self._points[key] for key in sorted(self._points))]
+        if len(points) == 1:
+            return 0.0
+        above = next((i for i in range(1, len(points)) if points[i][0] >= size), len(points) - 1)
+        (x0, y0), (x1, y1) = points[above - 1], points[above]
+        if above == len(points) - 1 and len(points) > 2 and size > x1 and y1 < y0:
+            return y1  # noise: more is not faster
+        return y0 + (size - x0) * (y1 - y0) / (x1 - x0)
 
 
 class LoadCost:
     """Decides for the leader; one a connector."""
 
-    def __init__(self, tiers: Sequence[Tier], call_blocks: int) -> None:
+    def __init__(self, tiers: Sequence[Tier], call_blocks: int, max_batch_tokens: int = 0) -> None:
         """Know nothing yet.
 
         Args:
             tiers: The stores, by number.
             call_blocks: Blocks that a worker reads in one call, see `blocks_a_call`.
+            max_batch_tokens: Tokens that the engine computes in one step, 0 if it did not say.
         """
         self._tiers = tiers
         self._call_blocks = call_blocks
-        self._reads = [ReadTime() for _ in tiers]
-        self._tokens = self._seconds = 0.0
-        self._planned: dict[int, tuple[float, int]] = {}  # step -> when it was planned, tokens if it is a prefill step
+        self._max_batch_tokens = max_batch_tokens
+        self._reads = [TimeBySize() for _ in tiers]
+        self._steps = TimeBySize()
+        self._planned: dict[int, tuple[float, int]] = {}  # step -> when it was planned, its tokens
         self._last_report = 0.0
         self._counts: Counter[str] = Counter({"loads_made": 0, "loads_refused": 0, "probes": 0})
         self._decision: dict[str, Any] = {}
 
     def step_planned(self, output: SchedulerOutput) -> None:
-        """Note when a step begins, and how much it computes if it is mostly prefill."""
-        counts = [part.num_scheduled_tokens for part in (*output.new_requests, *output.cached_requests)]
-        prefill = sum(count for count in counts if count > 1)
-        self._planned[output.step] = (time.monotonic(), sum(counts) if prefill * 2 >= sum(counts) else 0)
+        """Note when a step begins, and how much it computes."""
+        parts = (*output.new_requests, *output.cached_requests)
+        self._planned[output.step] = (time.monotonic(), sum(part.num_scheduled_tokens for part in parts))
 
     def step_reported(self, step: int) -> None:
-        """Note when a step ended: engines that plan ahead end one a step, so it began when the one before it ended."""
+        """Note when a step ended: with an engine that plans ahead it began when the one before it ended."""
         now = time.monotonic()
         began, tokens = self._planned.pop(step, (now, 0))
         for old in [number for number in self._planned if number < step]:
             del self._planned[old]
         if tokens:
-            self._tokens = self._tokens * _KEEP + tokens
-            self._seconds = self._seconds * _KEEP + now - max(began, self._last_report)
+            self._steps.add(tokens, now - max(began, self._last_report))
         self._last_report = now
 
     def read_ended(self, tier: int, blocks: int, seconds: float) -> None:
@@ -109,22 +111,18 @@ class LoadCost:
             num_tokens: What need not be computed if they are loaded.
         """
         blocks = Counter(tier for tier, _, _ in wanted)
-        unknown = {tier for tier in blocks if not self._reads[tier].known}
+        unknown = {tier for tier in blocks if time.monotonic() - self._reads[tier].seen_at > _FRESH_S}
         if unknown and any(blocks[tier] > self._call_blocks for tier in unknown):
             self._counts["probes"] += 1
             return self._probe(wanted, unknown)
-        if unknown or not self._tokens:
-            self._counts["loads_made"] += 1
-            return wanted
-        load_s = self.load_seconds(blocks, queued)
-        compute_s = num_tokens * self._seconds / self._tokens
-        loads = load_s <= compute_s
+        load_s, compute_s = self.load_seconds(blocks, queued), self.compute_seconds(num_tokens)
+        loads = bool(unknown) or not compute_s or load_s <= compute_s
         self._counts["loads_made" if loads else "loads_refused"] += 1
         self._decision = {
             "blocks": len(wanted),
             "tokens": num_tokens,
-            "load_s": load_s,
-            "compute_s": compute_s,
+            "load_s": None if unknown else load_s,
+            "compute_s": compute_s or None,
             "loaded": loads,
         }
         return wanted if loads else ()
@@ -138,23 +136,36 @@ class LoadCost:
         """
         slowest = 0.0
         for tier, count in blocks.items():
-            latency, each = self._reads[tier].fit()
-            total = count + queued
-            calls = -(-total // self._call_blocks)
-            together = max(1, min(calls, self._tiers[tier].store_class.capabilities.concurrency))
-            slowest = max(slowest, (calls * latency + total * each) / together)
+            calls, rest = divmod(count + queued, self._call_blocks)
+            total = calls * self._reads[tier].seconds(self._call_blocks) + self._reads[tier].seconds(rest)
+            together = max(1, min(calls + (rest > 0), self._tiers[tier].store_class.capabilities.concurrency))
+            slowest = max(slowest, total / together)
         return slowest
+
+    def compute_seconds(self, num_tokens: int) -> float:
+        """Estimate how long computing takes, in steps as large as the engine makes them; 0 if nothing is known.
+
+        The last step counts whole, although a request that loads needs one too: what is close is loaded, because work
+        that is not done is time for others.
+        """
+        steps, rest = divmod(num_tokens, self._max_batch_tokens or max(1, round(self._steps.largest)))
+        return steps * self._steps.seconds(self._max_batch_tokens or self._steps.largest) + self._steps.seconds(rest)
 
     def get_stats(self) -> dict[str, Any]:
         """Return what was measured, how often which way it went, and the numbers of the last decision."""
-        stores = []
-        for tier, read in zip(self._tiers, self._reads, strict=True):
-            latency, each = read.fit()
-            stores.append({"name": tier.name, "read_latency_s": latency, "read_s_per_block": each, "fresh": read.known})
-        per_token = self._seconds / self._tokens if self._tokens else None
+        now = time.monotonic()
+        stores = [
+            {
+                "name": tier.name,
+                "read_s_per_block": reads.seconds(self._call_blocks) / self._call_blocks,
+                "fresh": now - reads.seen_at <= _FRESH_S,
+            }
+            for tier, reads in zip(self._tiers, self._reads, strict=True)
+        ]
+        size = self._max_batch_tokens or max(1.0, self._steps.largest)
         return {
             **self._counts,
-            "prefill_s_per_token": per_token,
+            "compute_s_per_token": self._steps.seconds(size) / size,
             "stores": stores,
             "last_decision": dict(self._decision),
         }

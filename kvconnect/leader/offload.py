@@ -107,9 +107,8 @@ class OffloadLeader(Leader):
         windows = [group.window or None for group in groups]
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
         self._saves = SavePlanner(self._index, self._block_size, self._counts)
-        self._cost = LoadCost(
-            self._context.tiers, blocks_a_call(max((group.payload_bytes for group in groups), default=1))
-        )
+        call_blocks = blocks_a_call(max((group.payload_bytes for group in groups), default=1))
+        self._cost = LoadCost(self._context.tiers, call_blocks, self._context.engine.max_batch_tokens)
 
     def _disagreement(self, ranks: Sequence[Handshake]) -> str:
         if len(ranks) != self._context.num_ranks:

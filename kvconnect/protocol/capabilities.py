@@ -23,6 +23,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         steps_when_idle: The engine keeps stepping while `has_pending_work` says so.
         layer_hooks: `wait_for_layer_load` and `save_kv_layer` are called for every layer.
         batch_claim: `claim_match` is called for a whole batch before anything is allocated.
+        max_batch_tokens: Tokens that one step computes at most; 0 if the engine does not say.
     """
 
     can_ask_again: bool = False
@@ -33,6 +34,7 @@ class EngineCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     steps_when_idle: bool = False
     layer_hooks: bool = False
     batch_claim: bool = False
+    max_batch_tokens: int = 0
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
