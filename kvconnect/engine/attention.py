@@ -14,27 +14,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from kvconnect.engine.pages import LayerCache
 from kvconnect.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kvconnect.driver import WorkerDriver
 
-__all__ = ["PAGED_ATTENTION", "BatchEntry", "LayerCache", "StepContext", "current_step"]
+__all__ = ["PAGED_ATTENTION", "BatchEntry", "StepContext", "current_step"]
 
 PAGED_ATTENTION = "kvconnect_paged"
-
-
-class LayerCache:
-    """One layer's pages: `key` and `value` of ``(num_pages, block_size, num_kv_heads, head_dim)``."""
-
-    __slots__ = ("group", "key", "value", "window")
-
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, group: int, window: int | None) -> None:
-        """Name the pages of a layer."""
-        self.key = key
-        self.value = value
-        self.group = group
-        self.window = window
 
 
 class BatchEntry:

@@ -9,24 +9,38 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver
-from kvconnect.engine.model import LoadedModel
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, FinishReason
-from kvconnect.engine.runner import ModelRunner
 from kvconnect.engine.sampling import choose_token, draw
 from kvconnect.engine.scheduler import Batch, Scheduler
 from kvconnect.protocol import Finished
 
-__all__ = ["EngineCore", "NewToken"]
+__all__ = ["EngineCore", "NewToken", "Runner"]
 
 _UNWRITTEN = "attention read KV that nobody wrote"
 _IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
+
+
+class Runner(Protocol):
+    """Computes a batch: a model, or what stands in for one where only the KV matters."""
+
+    def forward(self, batch: Batch, sampled: Mapping[EngineRequest, int]) -> torch.Tensor:
+        """Write the batch's KV into its pages and return logits of each part's last token.
+
+        NaN in a row says that the part read KV that nobody wrote.
+
+        Args:
+            batch: At least one part.
+            sampled: Tokens of the step before that the scheduler has not seen; a request that needs one and has none is
+                lost already, and any token will do.
+        """
+        ...
 
 
 class NewToken(NamedTuple):
@@ -81,7 +95,7 @@ class EngineCore:
 
     def __init__(
         self,
-        loaded: LoadedModel,
+        runner: Runner,
         cache: PagedCache,
         leader: LeaderDriver | None,
         workers: Sequence[WorkerDriver],
@@ -94,7 +108,7 @@ class EngineCore:
         """Start with no requests; the connector stays the caller's to shut down.
 
         Args:
-            loaded: The model.
+            runner: The model.
             cache: Its pages.
             leader: Of the connector, None for none.
             workers: One a rank.
@@ -108,7 +122,7 @@ class EngineCore:
         self.num_unwritten = 0
         self._leader = leader
         self._workers = workers
-        self._runner = ModelRunner(loaded, cache, workers)
+        self._runner = runner
         self._ends = ends
         self._async_scheduling = async_scheduling
         self._in_flight: deque[_Ran] = deque()

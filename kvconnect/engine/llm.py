@@ -19,6 +19,7 @@ from kvconnect.engine.core import EngineCore
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
+from kvconnect.engine.runner import ModelRunner
 from kvconnect.engine.stopping import StopRule
 from kvconnect.errors import Closed, ConfigError
 from kvconnect.options import ByteSize, ConnectorConfig
@@ -118,7 +119,7 @@ class LLM:
                 ),
             )
         self._core = EngineCore(
-            loaded,
+            ModelRunner(loaded, cache, self._workers),
             cache,
             self._leader,
             self._workers,

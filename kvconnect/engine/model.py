@@ -13,36 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvconnect.engine.attention import PAGED_ATTENTION
+from kvconnect.engine.pages import KVGeometry
 from kvconnect.engine.tiny import ByteTokenizer, tiny_model
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol import Namespace, check_prefix_law, model_identity, rope_settings
 from kvconnect.protocol.identity import VOLATILE_SETTINGS
 
-__all__ = ["KVGeometry", "LoadedModel", "load_model", "load_tokenizer"]
-
-
-class KVGeometry(NamedTuple):
-    """The shape of a model's KV.
-
-    Attributes:
-        layers: Layer indices of each group; layers of one group have the same window.
-        windows: Each group's sliding window in tokens, None for full attention.
-        num_kv_heads: KV heads a layer.
-        head_dim: Elements a head.
-        dtype: Of K and V.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    windows: tuple[int | None, ...]
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_per_token(self) -> int:
-        """K and V of one token in all layers."""
-        layers = sum(len(group) for group in self.layers)
-        return 2 * layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+__all__ = ["LoadedModel", "load_model", "load_tokenizer"]
 
 
 class LoadedModel(NamedTuple):

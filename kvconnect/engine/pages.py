@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from kvconnect.engine.attention import LayerCache
-from kvconnect.engine.model import KVGeometry
 from kvconnect.protocol import (
     BlockHash,
     KVCacheLayout,
@@ -22,9 +21,46 @@ from kvconnect.protocol import (
     longest_match,
 )
 
-__all__ = ["NO_PAGE", "PagePool", "PagedCache"]
+__all__ = ["NO_PAGE", "KVGeometry", "LayerCache", "PagePool", "PagedCache"]
 
 NO_PAGE = -1
+
+
+class KVGeometry(NamedTuple):
+    """The shape of a model's KV.
+
+    Attributes:
+        layers: Layer indices of each group; layers of one group have the same window.
+        windows: Each group's sliding window in tokens, None for full attention.
+        num_kv_heads: KV heads a layer.
+        head_dim: Elements a head.
+        dtype: Of K and V.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    windows: tuple[int | None, ...]
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token in all layers."""
+        layers = sum(len(group) for group in self.layers)
+        return 2 * layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class LayerCache:
+    """One layer's pages: `key` and `value` of ``(num_pages, block_size, num_kv_heads, head_dim)``."""
+
+    __slots__ = ("group", "key", "value", "window")
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, group: int, window: int | None) -> None:
+        """Name the pages of a layer."""
+        self.key = key
+        self.value = value
+        self.group = group
+        self.window = window
 
 
 class PagePool:
