@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from kvconnect.errors import KVConnectError, MetadataError, PluginError
+from kvconnect.errors import KVConnectError, MetadataError, PluginError, UnsupportedError
 from kvconnect.hooks import bind_hooks
 from kvconnect.log import FailureLog
 from kvconnect.protocol import (
@@ -51,6 +51,7 @@ class _Driver:
         self._log = FailureLog(logger)
         self._closed = False
         self.seconds_in_hooks = 0.0
+        self.on_failure: Callable[[str, object], None] | None = None  # told of each, beside the log
 
     def _call(self, name: str, default: Any, *args: Any) -> Any:
         started = time.perf_counter()
@@ -64,6 +65,12 @@ class _Driver:
 
     def _failed(self, name: str, error: BaseException | str) -> None:
         self._log.failed(f"{self._half}.{name}", error)
+        if self.on_failure is not None:
+            self.on_failure(f"{self._half}.{name}", error)
+
+    def hook(self, name: str) -> Callable[..., Any]:
+        """Return a hook as it is bound, without the guard: for conformance tests, not for engines."""
+        return self._hooks[name]
 
     def get_stats(self) -> dict[str, Any]:
         """Return the half's own counters, and under ``hooks`` the driver's: failures by hook, seconds inside."""
@@ -192,6 +199,7 @@ class WorkerDriver(_Driver):
         """
         super().__init__("worker", bind_hooks(WorkerHooks, worker, wrappers))
         self._num_groups = 0
+        self._number = -1
         self._rank = rank
         self._bound = False
         self._broken = ""
@@ -217,12 +225,14 @@ class WorkerDriver(_Driver):
         meta = self._call("get_handshake_metadata", b"")
         return meta if isinstance(meta, bytes) else b""
 
-    def bind(self, meta: bytes | None) -> None:
+    def bind(self, meta: bytes | None, step: int) -> None:
         """Begin a step: `handle_preemptions`, then `bind_connector_meta`.
 
         Args:
             meta: The step's plan; None if there is none, then the step's other hooks are not called.
+            step: Its number, as in `SchedulerOutput`.
         """
+        self._number = step
         self._broken = ""
         self._bound = False
         if meta is None:
@@ -286,10 +296,10 @@ class WorkerDriver(_Driver):
     def build_worker_report(self) -> bytes:
         """Return the step's report, marked if one of its hooks failed; empty if there is none that can be read.
 
-        Step -1 means that the plan never reached the worker.
+        If the plan never reached the worker it is a `Report.unbound`, whatever the connector's own format.
         """
         if not self._bound:  # nothing of the plan was started
-            return Report(step=-1, rank=self._rank, error=self._broken).encode()
+            return Report.unbound(self._number, self._rank, self._broken).encode()
         report = self._call("build_worker_report", b"")
         if not isinstance(report, bytes):
             self._failed("build_worker_report", f"returned {type(report).__name__}, not bytes")
@@ -395,7 +405,7 @@ def open_connector(
     """Open both halves in one process, register every rank's cache, and shake hands.
 
     Args:
-        connector: What ``connector=`` takes.
+        connector: What ``connector=`` takes, or what it was resolved to.
         layouts: One per rank.
         namespace: What the keys start with.
         engine: What the engine can do.
@@ -405,8 +415,12 @@ def open_connector(
         KVConnectError: If anything does not fit; what was opened is closed again.
     """
     registry = registry or load_registry()
-    resolved = registry.resolve(connector)
+    resolved = connector if isinstance(connector, ResolvedConnector) else registry.resolve(connector)
     count = len(layouts)
+    if len(layouts[0].groups) > 1 and not resolved.connector.capabilities.several_groups:
+        raise UnsupportedError(
+            f"connector {resolved.name!r} serves one layer group, and this cache has {len(layouts[0].groups)}"
+        )
     leader = open_leader(
         resolved,
         namespace=namespace,

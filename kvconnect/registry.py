@@ -133,6 +133,7 @@ class Registry:
         self.broken: dict[str, str] = {}
         self.blocked: frozenset[str] = frozenset()
         self._names: dict[str, Registered] = {}
+        self._classes: dict[str, type[BlockStore] | type[Connector]] = {}
         self._entries: list[Registered] = []
 
     @property
@@ -157,6 +158,13 @@ class Registry:
             self._names[name] = entry
         self._entries.append(entry)
 
+    def insert_class(self, name: str, kind: type[BlockStore] | type[Connector]) -> None:
+        """Let `name` mean a class that is at hand, in this registry only; it wins over an installed one."""
+        self._classes[name] = kind
+        self._names[name] = Registered(
+            name=name, target=f"{kind.__module__}:{kind.__qualname__}", schemes=(), owner=kind.__module__, version=""
+        )
+
     def load(self, name: str) -> type[BlockStore] | type[Connector]:
         """Import the class registered as `name` (or under a scheme of that name).
 
@@ -169,7 +177,7 @@ class Registry:
             raise self._unknown(name)
         module, _, attribute = entry.target.partition(":")
         try:
-            loaded = getattr(importlib.import_module(module), attribute)
+            loaded = self._classes.get(name) or getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             hint = f"; try: {_INSTALL_HINTS[entry.name]}" if entry.name in _INSTALL_HINTS else ""
             raise PluginError(f"{name!r} of {entry.owner} cannot be imported: {error}{hint}") from error

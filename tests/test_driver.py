@@ -69,21 +69,21 @@ def test_leader_whose_every_hook_raises_costs_nothing_but_speed() -> None:
 def test_worker_whose_every_hook_raises_fails_its_loads_and_reports_nothing() -> None:
     driver = worker_driver(**raising(WorkerHooks))
     assert driver.get_handshake_metadata() == b""
-    driver.bind(META)
+    driver.bind(META, 4)
     driver.start_load_kv()
     driver.wait_for_layer_load(0)
     driver.save_kv_layer(0)
     driver.wait_for_save()
     assert driver.get_finished(frozenset()) == Finished(frozenset(), frozenset(), frozenset())
     assert driver.get_block_ids_with_load_errors() is None
-    assert Report.decode(driver.build_worker_report()).step == -1
+    assert Report.decode(driver.build_worker_report()).unbound_step == 4
     driver.shutdown()
 
 
 @pytest.mark.parametrize("hook", ["start_load_kv", "wait_for_layer_load", "save_kv_layer", "wait_for_save"])
 def test_step_hook_that_raises_fails_the_steps_loads_and_marks_the_report(hook: str) -> None:
     driver = worker_driver(**{hook: raising(WorkerHooks)[hook]})
-    driver.bind(META)
+    driver.bind(META, 4)
     driver.start_load_kv()
     driver.wait_for_layer_load(0)
     driver.save_kv_layer(0)
@@ -91,18 +91,18 @@ def test_step_hook_that_raises_fails_the_steps_loads_and_marks_the_report(hook: 
     assert driver.get_block_ids_with_load_errors() is None
     report = Report.decode(driver.build_worker_report())
     assert (report.step, report.error) == (3, f"{hook}: RuntimeError: boom")
-    driver.bind(Plan(step=4).encode())
+    driver.bind(Plan(step=4).encode(), 4)
     assert driver.get_block_ids_with_load_errors() is not None  # the next step starts clean
     assert Report.decode(driver.build_worker_report()).error == ""
 
 
 def test_step_without_a_plan_calls_no_worker_hook() -> None:
     driver = worker_driver(start_load_kv=boom_named("start_load_kv"), wait_for_save=boom_named("wait_for_save"))
-    driver.bind(None)
+    driver.bind(None, 4)
     driver.start_load_kv()
     driver.wait_for_save()
     assert driver.get_block_ids_with_load_errors() is None
-    assert Report.decode(driver.build_worker_report()) == Report(step=-1, rank=0, error="no plan")
+    assert Report.decode(driver.build_worker_report()) == Report.unbound(4, 0, "no plan")
     assert driver.get_stats()["hooks"]["failures"] == {}
 
 
@@ -219,7 +219,7 @@ def test_wrong_number_of_groups_fails_the_steps_loads() -> None:
         return [set(), set(), set()]
 
     driver = worker_driver(get_block_ids_with_load_errors=get_block_ids_with_load_errors)
-    driver.bind(META)
+    driver.bind(META, 4)
     assert driver.get_block_ids_with_load_errors() is None
 
 
@@ -237,7 +237,7 @@ def test_default_bodies_do_nothing_and_break_nothing() -> None:
     leader.on_new_request(VIEW)
     assert leader.get_num_new_matched_tokens(VIEW, 0) == Match(0, False)
     meta = leader.build_connector_meta(SchedulerOutput(step=7))
-    worker.bind(meta)
+    worker.bind(meta, 0)
     worker.start_load_kv()
     worker.wait_for_save()
     assert worker.get_block_ids_with_load_errors() == []

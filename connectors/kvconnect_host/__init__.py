@@ -37,7 +37,9 @@ class HostConnector(Connector):
     """One leader and one worker for every store."""
 
     Options = HostOptions
-    capabilities = Capabilities(several_groups=True, several_ranks=True, needs=("handshake", "reports"))
+    capabilities = Capabilities(
+        async_load=True, several_groups=True, several_ranks=True, needs=("handshake", "reports")
+    )
 
     def make_leader(self, options: HostOptions, context: LeaderContext) -> OffloadLeader:
         """Make the offload leader."""

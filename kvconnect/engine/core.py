@@ -7,6 +7,7 @@ has read yet, as engines do that keep a GPU busy.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from kvconnect.engine.scheduler import Batch, Scheduler
 from kvconnect.protocol import Finished
 
 __all__ = ["EngineCore", "NewToken", "Runner"]
+
+logger = logging.getLogger(__name__)
 
 _UNWRITTEN = "attention read KV that nobody wrote"
 _IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
@@ -59,7 +62,7 @@ class _Ran:
         sampled: The token of each request that got one.
         failed: Requests whose loads the workers say failed.
         unwritten: Requests that read KV that nobody wrote although no worker said so.
-        bad_pages: Pages that were not loaded, by group; None if no load of the step can be trusted.
+        bad_blocks: Blocks of parked requests that did not arrive.
         finished: What each rank said of asynchronous transfers.
         reports: What each rank reports to the leader.
         error: What the forward pass raised.
@@ -71,17 +74,16 @@ class _Ran:
         self.sampled: dict[EngineRequest, int] = {}
         self.failed: set[EngineRequest] = set()
         self.unwritten: set[EngineRequest] = set()
-        self.bad_pages: list[set[int]] | None = []
+        self.bad_blocks: dict[EngineRequest, set[int]] = {}
         self.finished: list[Finished] = []
         self.reports: list[bytes] = []
         self.error: BaseException | None = None
 
     @property
     def lost(self) -> set[EngineRequest]:
-        """Requests for which nothing that the step computed counts."""
-        if self.error is not None:
-            return {part.request for part in self.batch.parts}
-        return self.failed | self.unwritten
+        """Requests for whose present run nothing that the step computed counts."""
+        alive = {part.request for part in self.batch.parts if part.counts}
+        return alive if self.error is not None else (self.failed | self.unwritten) & alive
 
 
 class EngineCore:
@@ -126,6 +128,7 @@ class EngineCore:
         self._ends = ends
         self._async_scheduling = async_scheduling
         self._in_flight: deque[_Ran] = deque()
+        self._tokens: list[NewToken] = []  # taken, and not handed out yet
 
     @property
     def has_connector_work(self) -> bool:
@@ -138,37 +141,47 @@ class EngineCore:
 
         Raises:
             RuntimeError: If a request with nothing from a connector read KV that nobody wrote.
-            BaseException: What the forward pass raised; its requests are queued again.
+            BaseException: What the forward pass raised; its requests are queued again. With asynchronous scheduling an
+                exception comes one step later, an interrupt at once; tokens that were taken before come with the next
+                step.
         """
         batch = self.scheduler.schedule()
         before = self._in_flight[-1] if self._in_flight else None
         try:
-            meta = None if self._leader is None else self._leader.build_connector_meta(self.scheduler.output(batch))
-            self._in_flight.append(self._run(batch, meta, before))
+            ran = self._run(batch, before)
         except BaseException:  # an interrupt in the middle of a hook: the connector's half of this step never ended
-            self._reset(batch, {part.request for part in batch.parts})
+            self._reset_all(batch)
             raise
-        keep = 1 if self._async_scheduling and batch.parts else 0
-        tokens: list[NewToken] = []
+        self._in_flight.append(ran)
+        interrupted = ran.error is not None and not isinstance(ran.error, Exception)
+        keep = 1 if self._async_scheduling and batch.parts and not interrupted else 0
         while len(self._in_flight) > keep:
-            tokens += self._take(self._in_flight.popleft())
-        if not batch.parts and self.scheduler.has_requests:
+            taking = self._in_flight.popleft()
+            try:
+                self._take(taking)
+            except BaseException:
+                self._reset_all(taking.batch)
+                raise
+        if not batch.parts:
             time.sleep(_IDLE_S)
+        tokens, self._tokens = self._tokens, []
         return tokens
 
-    def _run(self, batch: Batch, meta: bytes | None, before: _Ran | None) -> _Ran:
-        """Do what workers do: load, compute, sample, save, report.
+    def _run(self, batch: Batch, before: _Ran | None) -> _Ran:
+        """Plan a step, and do what workers do: load, compute, sample, save, report.
 
         Args:
             batch: The step.
-            meta: Its plan.
             before: The step before, if its results were not taken yet.
         """
         ran = _Ran(batch)
         self.cache.fill_fresh(batch.fresh)
-        for worker in self._workers:
-            worker.bind(meta)
-            worker.start_load_kv()
+        if self._leader is not None:
+            output = self.scheduler.output(batch)
+            meta = self._leader.build_connector_meta(output)
+            for worker in self._workers:
+                worker.bind(meta, output.step)
+                worker.start_load_kv()
         logits = None
         try:
             if batch.parts:
@@ -177,12 +190,13 @@ class EngineCore:
             ran.error = error
             self._fail_step(f"the forward pass failed: {type(error).__name__}")
         newly_saving = self.scheduler.take_newly_saving()
-        ran.bad_pages = [set() for _ in self.cache.pools]
+        bad_pages: list[set[int]] | None = [set() for _ in self.cache.pools]
         for worker in self._workers:
             worker.wait_for_save()
             ran.finished.append(worker.get_finished(newly_saving))
-            ran.bad_pages = _union(ran.bad_pages, worker.get_block_ids_with_load_errors())
-        ran.failed = batch.failed_loads(ran.bad_pages)
+            bad_pages = _union(bad_pages, worker.get_block_ids_with_load_errors())
+        ran.failed = batch.failed_loads(bad_pages)
+        ran.bad_blocks = self.scheduler.bad_blocks(bad_pages)
         if logits is not None:
             self._sample(ran, logits, set() if before is None else before.lost)
         ran.reports = [worker.build_worker_report() for worker in self._workers]
@@ -214,22 +228,26 @@ class EngineCore:
         for worker in self._workers:
             worker.fail_step(why)
 
-    def _take(self, ran: _Ran) -> list[NewToken]:
+    def _take(self, ran: _Ran) -> None:
         """Take a step's results: the leader commits or voids, loads that failed are computed, tokens come out."""
         num_ranks = len(self._workers)
+        lost_any = bool(ran.lost)
         if self._leader is not None:
             self._leader.update_connector_output(ran.reports)
-        self.scheduler.note_bad_pages(ran.bad_pages)
+        for request, blocks in ran.bad_blocks.items():
+            request.bad_blocks |= blocks
         for rank, finished in enumerate(ran.finished):
             self.scheduler.saves_ended(rank, finished.saved, num_ranks=num_ranks)
             self.scheduler.loads_ended(rank, finished.loaded, num_ranks=num_ranks)
         impossible = self._count_failures(ran)
-        self._reset(ran.batch, {part.request for part in ran.batch.parts} if impossible else ran.lost)
-        if ran.error is not None:
+        for request in ran.lost:
+            self.scheduler.reset_request(request)
+        if isinstance(ran.error, Exception) and not lost_any:
+            logger.warning("a step failed that computed nothing for anybody who is left: %r", ran.error)
+        elif ran.error is not None:
             raise ran.error
         if impossible:
             raise RuntimeError(f"{_UNWRITTEN}, without a connector's part in it")
-        tokens: list[NewToken] = []
         for part in ran.batch.parts:
             if not part.counts:  # it ended, or began again, while the step ran
                 continue
@@ -238,14 +256,14 @@ class EngineCore:
                 token = ran.sampled[part.request]
                 part.request.append(token)
                 reason = self._ends(part.request)
+                self._tokens.append(NewToken(part.request, token, reason))
                 if reason is not None:
                     self.scheduler.finish(part.request)
-                tokens.append(NewToken(part.request, token, reason))
-        return tokens
 
-    def _reset(self, batch: Batch, requests: set[EngineRequest]) -> None:
+    def _reset_all(self, batch: Batch) -> None:
+        """Let everybody begin again for whom the batch still means something."""
         for part in batch.parts:
-            if part.counts and part.request in requests:
+            if part.counts:
                 self.scheduler.reset_request(part.request)
 
     def _count_failures(self, ran: _Ran) -> bool:

@@ -37,7 +37,6 @@ ENGINE_CAPABILITIES = EngineCapabilities(
 )
 
 _DRAIN_S = 30.0
-_IDLE_S = 0.0005  # between steps that only wait for a store
 
 
 class LLM:
@@ -255,7 +254,6 @@ class LLM:
         try:
             while self._core.has_connector_work and time.monotonic() < deadline:
                 self.step()
-                time.sleep(_IDLE_S)
         finally:
             self._closed = True
             if self._leader is not None:

@@ -185,11 +185,15 @@ class Scheduler:
         """Tell the leader that a request ended, and let its pages go unless the leader still saves them."""
         request.run += 1
         self.running.remove(request)
-        if self._leader is not None and self._leader.request_finished(request.view(), request.tables):
-            self._saving[request.request_id] = _Saving(request.tables)
-            self._newly_saving.add(request.request_id)
-        else:
-            self._cache.release_all(request.tables)
+        keeps = False
+        try:
+            keeps = self._leader is not None and self._leader.request_finished(request.view(), request.tables)
+        finally:  # an interrupt in the middle of it must not cost the pages
+            if keeps:
+                self._saving[request.request_id] = _Saving(request.tables)
+                self._newly_saving.add(request.request_id)
+            else:
+                self._cache.release_all(request.tables)
 
     def abort(self, request: EngineRequest) -> None:
         """End a request that is not finished, wherever it is; a finished one is left alone."""
@@ -305,11 +309,15 @@ class Scheduler:
             self.waiting.appendleft(request)
         return True
 
-    def note_bad_pages(self, bad_pages: Sequence[set[int]] | None) -> None:
-        """Remember which blocks of parked requests did not arrive in this step; the leader names lost ones itself."""
+    def bad_blocks(self, bad_pages: Sequence[set[int]] | None) -> dict[EngineRequest, set[int]]:
+        """Return which blocks of parked requests did not arrive in a step; the leader names lost ones itself."""
+        found: dict[EngineRequest, set[int]] = {}
         for request in self.parked.values() if bad_pages is not None else ():
             for pages, table in zip(bad_pages or (), request.tables, strict=True):
-                request.bad_blocks.update(block for block, page in enumerate(table) if page in pages)
+                bad = {block for block, page in enumerate(table) if page in pages}
+                if bad:
+                    found.setdefault(request, set()).update(bad)
+        return found
 
     def loads_ended(self, rank: int, request_ids: frozenset[str], *, num_ranks: int) -> None:
         """Take what one rank says of asynchronous loads that ended; a request goes on when every rank has said so."""

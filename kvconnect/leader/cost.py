@@ -1,6 +1,6 @@
 """``load_policy=cost``: is it faster to load blocks from stores than to compute them? Measures, estimates, counts.
 
-Workers report what each store read took; steps are timed from plan to reports. Both are kept by size, because neither
+Workers report what each store read took, and each step from plan to report. Both are kept by size, because neither
 is proportional to it: a read has a way to go, a step has weights to read. A store of which no read was seen for half a
 minute is found out about by loading: at first no more than one read's worth of blocks.
 """
@@ -18,6 +18,7 @@ from kvconnect.store import Tier
 __all__ = ["LoadCost", "TimeBySize"]
 
 _WEIGHT = 0.2  # of a new observation once there are five: the last ten make up nine tenths
+_MAX_OPEN = 64
 _FRESH_S = 30.0  # a store that was refused is tried again after this: it may have become faster
 
 
@@ -75,25 +76,22 @@ class LoadCost:
         self._max_batch_tokens = max_batch_tokens
         self._reads = [TimeBySize() for _ in tiers]
         self._steps = TimeBySize()
-        self._planned: dict[int, tuple[float, int]] = {}  # step -> when it was planned, its tokens
-        self._last_report = 0.0
+        self._planned: dict[int, int] = {}  # step -> its tokens
         self._counts: Counter[str] = Counter({"loads_made": 0, "loads_refused": 0, "probes": 0})
         self._decision: dict[str, Any] = {}
 
     def step_planned(self, output: SchedulerOutput) -> None:
-        """Note when a step begins, and how much it computes."""
+        """Note how much a step computes."""
         parts = (*output.new_requests, *output.cached_requests)
-        self._planned[output.step] = (time.monotonic(), sum(part.num_scheduled_tokens for part in parts))
+        self._planned[output.step] = sum(part.num_scheduled_tokens for part in parts)
+        while len(self._planned) > _MAX_OPEN:  # steps whose reports were lost
+            del self._planned[next(iter(self._planned))]
 
-    def step_reported(self, step: int) -> None:
-        """Note when a step ended: with an engine that plans ahead it began when the one before it ended."""
-        now = time.monotonic()
-        began, tokens = self._planned.pop(step, (now, 0))
-        for old in [number for number in self._planned if number < step]:
-            del self._planned[old]
-        if tokens:
-            self._steps.add(tokens, now - max(began, self._last_report))
-        self._last_report = now
+    def step_reported(self, step: int, seconds: float) -> None:
+        """Note what a step took, by the rank that says so first."""
+        tokens = self._planned.pop(step, 0)
+        if tokens and seconds > 0:
+            self._steps.add(tokens, seconds)
 
     def read_ended(self, tier: int, blocks: int, seconds: float) -> None:
         """Note what one read took; of a tier or a number of blocks that cannot be, nothing."""
@@ -101,13 +99,13 @@ class LoadCost:
             self._reads[tier].add(blocks, seconds)
 
     def choose(
-        self, wanted: Sequence[tuple[int, int, int]], queued: int, num_tokens: int
+        self, wanted: Sequence[tuple[int, int, int]], queued: Counter[int], num_tokens: int
     ) -> Sequence[tuple[int, int, int]]:
         """Return which blocks to load now: all, those of a probe, or none because computing is faster.
 
         Args:
             wanted: (tier, group, ordinal) of blocks in stores.
-            queued: Blocks that other requests wait for already.
+            queued: Blocks of each tier that are read before them.
             num_tokens: What need not be computed if they are loaded.
         """
         blocks = Counter(tier for tier, _, _ in wanted)
@@ -127,16 +125,16 @@ class LoadCost:
         }
         return wanted if loads else ()
 
-    def load_seconds(self, blocks: Counter[int], queued: int = 0) -> float:
+    def load_seconds(self, blocks: Counter[int], queued: Counter[int]) -> float:
         """Estimate how long loading takes: blocks by tier, the slowest tier counts.
 
         Args:
             blocks: How many of each tier.
-            queued: Blocks that are read before them.
+            queued: How many of each tier are read before them.
         """
         slowest = 0.0
         for tier, count in blocks.items():
-            calls, rest = divmod(count + queued, self._call_blocks)
+            calls, rest = divmod(count + queued[tier], self._call_blocks)
             total = calls * self._reads[tier].seconds(self._call_blocks) + self._reads[tier].seconds(rest)
             together = max(1, min(calls + (rest > 0), self._tiers[tier].store_class.capabilities.concurrency))
             slowest = max(slowest, total / together)

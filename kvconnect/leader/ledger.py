@@ -1,7 +1,8 @@
 """Decides when a save may be matched: the commit rule. Knows steps, ranks and requests, no tokens.
 
-A save is committed only when every rank has reported its step, and no rank named a load error for the request in that
-step or in one before it that was still open when the save was planned: those saves were computed on garbage.
+A save is committed only when every rank has reported its step, and no rank said that the step failed, or named a load
+error for the request, in that step or in one before it that was still open when the save was planned: those saves were
+computed on garbage.
 """
 
 from __future__ import annotations
@@ -26,9 +27,24 @@ class OpenStep:
         promotes: Its promotions.
         demotes: Its demotions.
         ended: Requests that have ended and whose last saves it has.
+        computed: Requests that it computes for.
+        unbound: Whether a rank never got its plan.
     """
 
-    __slots__ = ("demotes", "ended", "failed", "failed_slots", "loads", "promotes", "saves", "step", "void", "waiting")
+    __slots__ = (
+        "computed",
+        "demotes",
+        "ended",
+        "failed",
+        "failed_slots",
+        "loads",
+        "promotes",
+        "saves",
+        "step",
+        "unbound",
+        "void",
+        "waiting",
+    )
 
     def __init__(self, step: int, ranks: Iterable[int]) -> None:
         """Open a step that every rank in `ranks` will report."""
@@ -38,6 +54,8 @@ class OpenStep:
         self.promotes: list[Move] = []
         self.demotes: list[Move] = []
         self.ended: tuple[str, ...] = ()
+        self.computed: list[RequestState] = []
+        self.unbound = False
         self.waiting = set(ranks)
         self.failed: set[str] = set()
         self.failed_slots: set[int] = set()
@@ -89,21 +107,29 @@ class StepLedger:
         opened = self._open[step] = OpenStep(step, self._ranks)
         return opened
 
-    def lost_report(self, rank: int, why: str, *, started: bool) -> Report | None:
-        """Return what to assume when a report of `rank` cannot be read: its oldest open step failed in everything.
+    @property
+    def last_step(self) -> int:
+        """The step that was opened last, -1 for none."""
+        return self._last_step
+
+    def lost_report(self, rank: int, why: str, *, unbound: int | None = None) -> Report | None:
+        """Return what to assume when a report of `rank` cannot be read: its step failed in everything.
 
         Args:
             rank: Whose report it is.
             why: What was wrong with it.
-            started: Whether the step's store traffic may have begun; then its slots stay out of use until the rank
-                names them.
+            unbound: The step, if the rank says that it never got its plan; else it is the rank's oldest open step, and
+                its store traffic may have begun: its slots stay out of use until the rank names them.
 
         Returns:
-            None if the rank has no open step.
+            None if the rank has no such step open.
         """
-        opened = next((opened for opened in self._open.values() if rank in opened.waiting), None)
+        steps = self._open.values() if unbound is None else [self._open[unbound]] if unbound in self._open else []
+        opened = next((opened for opened in steps if rank in opened.waiting), None)
         if opened is None:
             return None
+        opened.unbound = opened.unbound or unbound is not None
+        started = unbound is None
         return Report(
             step=opened.step,
             rank=rank,
@@ -160,13 +186,16 @@ class StepLedger:
                 outcome.lost.append((request, loads))
             if opened.void or request.request_id in opened.failed:
                 request.void_until = self._last_step  # later steps that are planned already stand on this one
+        if opened.void:  # whatever it computed, later steps that are planned already stand on it
+            for request in opened.computed:
+                request.void_until = self._last_step
         for request, saves in opened.saves:
-            garbage = opened.step <= request.void_until or request.request_id in opened.failed
-            if garbage and saves:
+            void = opened.void or opened.step <= request.void_until or request.request_id in opened.failed
+            if void and saves:
                 request.save_again(min(ordinal for _, ordinal in saves))
             for entry, _ in saves:
-                bad = garbage or opened.void or entry.slot in opened.failed_slots
+                bad = void or entry.slot in opened.failed_slots
                 (outcome.voided if bad else outcome.committed).append(entry)
-        if not opened.void:
+        if not opened.unbound:
             outcome.ended = opened.ended
         return outcome

@@ -211,7 +211,7 @@ class OffloadLeader(Leader):
         if request.request_id in self._parked:  # its pages are free when the plan that says so is reported
             self._parked[request.request_id].drop()
             return False
-        return self._saves.end(state, request, block_ids)
+        return self._saves.end(state, request, block_ids, self._ledger.last_step)
 
     def request_reset(self, request: RequestView) -> None:
         """Let go of what it held; it will be asked about again like a new one."""
@@ -221,6 +221,7 @@ class OffloadLeader(Leader):
         self._drop(state)
         state.looked_up = False
         state.loads_below = None
+        state.planned_tokens = 0
         state.give_up_at = 0.0
         if state.chain is not None:
             state.extend(request.tokens[state.chain.num_tokens :])
@@ -257,15 +258,15 @@ class OffloadLeader(Leader):
             except MetadataError as error:
                 self._counts["reports_unreadable"] += 1
                 logger.warning("report of rank %d cannot be read; nothing of its step is committed: %s", rank, error)
-                self._lose_report(rank, str(error), started=True)
+                self._lose_report(rank, str(error))
                 continue
-            if report.step < 0:  # its plan never reached the worker
-                self._lose_report(rank, report.error, started=False)
+            if report.step < 0:
+                self._lose_report(rank, report.error, unbound=report.unbound_step)
                 continue
             while self._ledger.skipped(rank, report.step):
-                self._lose_report(rank, "its report never came", started=True)
+                self._lose_report(rank, "its report never came")
             self._take_report(rank, report)
-            self._cost.step_reported(report.step)
+            self._cost.step_reported(report.step, report.step_us / 1e6)
         self._lookup.poll()
 
     def has_pending_work(self) -> bool:
@@ -398,7 +399,7 @@ class OffloadLeader(Leader):
         if not below.wanted:
             return ()
         num_tokens = (below.end - ready) * self._block_size
-        chosen = self._cost.choose(below.wanted, self._traffic.num_promoting, num_tokens)
+        chosen = self._cost.choose(below.wanted, self._traffic.num_promoting(), num_tokens)
         if len(chosen) in (0, len(below.wanted)):  # else a probe
             state.loads_below = bool(chosen)
         return chosen
@@ -431,8 +432,8 @@ class OffloadLeader(Leader):
             return False
         return missing <= 0 or state.extend(scheduled.new_tokens[-missing:])
 
-    def _lose_report(self, rank: int, why: str, *, started: bool) -> None:
-        lost = self._ledger.lost_report(rank, why, started=started)
+    def _lose_report(self, rank: int, why: str, *, unbound: int | None = None) -> None:
+        lost = self._ledger.lost_report(rank, why, unbound=unbound)
         if lost is not None:
             self._take_report(rank, lost)
             self._traffic.expect_later(rank, unpack_ints(lost.quarantined))

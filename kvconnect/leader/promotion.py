@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 from kvconnect.leader.index import BlockIndex, Entry, State
@@ -39,10 +39,11 @@ class TierTraffic:
         """Whether anything is wanted or on its way."""
         return bool(self._to_demote or self._demoting or self._promoting or self._wanting)
 
-    @property
-    def num_promoting(self) -> int:
-        """Blocks that are on their way up."""
-        return len(self._promoting)
+    def num_promoting(self) -> Counter[int]:
+        """Count, by tier, the blocks that are on their way up or will be in the next plan."""
+        counts = Counter(entry.source for entry, _ in self._promoting.values())
+        counts.update(tier for request in self._wanting.values() for tier, _, _ in request.wanted)
+        return counts
 
     def tier_of(self, group: int, block_hash: BlockHash) -> int:
         """Return the first readable tier that is believed to hold the block, -1 for none."""

@@ -13,6 +13,8 @@ __all__ = ["PlannedLoad", "PlannedSave", "RequestState"]
 
 logger = logging.getLogger(__name__)
 
+_MAX_VOIDED = 8  # a worker whose every step fails must not make each plan longer than the one before
+
 PlannedSave = tuple[Entry, int]
 """A reserved entry and which block of the request's sequence fills it."""
 
@@ -41,6 +43,7 @@ class RequestState:
         writes: Whether it may save.
         first: Block from which the last offer counted.
         next_save: First block that was not yet considered for saving; None before it was scheduled.
+        num_voided: Steps whose saves were void and considered once more.
         planned_tokens: Tokens that are computed once every step planned so far has run.
         last_step: The last step that had a part for it, -1 for none.
         loads: Loads for the next plan.
@@ -65,6 +68,7 @@ class RequestState:
         "loads_below",
         "looked_up",
         "next_save",
+        "num_voided",
         "parked",
         "planned_tokens",
         "promoting",
@@ -84,6 +88,7 @@ class RequestState:
         self.writes = chain is not None and request.cache in ("both", "write")
         self.first = 0
         self.next_save: int | None = None
+        self.num_voided = 0
         self.planned_tokens = 0
         self.last_step = -1
         self.loads: list[PlannedLoad] = []
@@ -110,8 +115,9 @@ class RequestState:
         return True
 
     def save_again(self, ordinal: int) -> None:
-        """Consider blocks from `ordinal` on once more: what was saved of them is void."""
-        if self.next_save is not None:
+        """Consider blocks from `ordinal` on once more: what was saved of them is void. Not for ever."""
+        if self.next_save is not None and self.num_voided < _MAX_VOIDED:
+            self.num_voided += 1
             self.next_save = min(self.next_save, ordinal)
 
     def stop_caching(self) -> None:

@@ -6,6 +6,7 @@ request has ended by then its pages are kept for one more plan, which names the 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -16,6 +17,18 @@ from kvconnect.protocol import RequestView, ScheduledRequest
 
 __all__ = ["SavePlanner"]
 
+_PATIENCE_S = 60.0
+
+
+class _Ended:
+    """A request that has ended and whose pages are kept: they are its own in step `step`, then nobody knows."""
+
+    def __init__(self, state: RequestState, tables: list[list[int]], step: int) -> None:
+        self.state = state
+        self.tables = tables
+        self.step = step
+        self.give_up_at = time.monotonic() + _PATIENCE_S
+
 
 class SavePlanner:
     """Reserves slots for blocks that steps fill."""
@@ -25,7 +38,7 @@ class SavePlanner:
         self._index = index
         self._block_size = block_size
         self._counts = counts
-        self._ended: dict[str, tuple[RequestState, list[list[int]]]] = {}  # requests whose pages are kept
+        self._ended: dict[str, _Ended] = {}
 
     @property
     def ended(self) -> tuple[str, ...]:
@@ -34,6 +47,7 @@ class SavePlanner:
 
     def plan(self, draft: PlanDraft, state: RequestState, scheduled: ScheduledRequest) -> None:
         """Save what the step fills, and what it finds full and unsaved."""
+        draft.opened.computed.append(state)
         if not state.writes or state.chain is None:
             return
         start = scheduled.num_computed_tokens // self._block_size
@@ -44,8 +58,17 @@ class SavePlanner:
             start = min(start, state.next_save)
         self._save(draft, state, scheduled.block_ids, start)
 
-    def end(self, state: RequestState, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
-        """Say whether a request that has ended still has blocks to save: then its pages must be kept."""
+    def end(
+        self, state: RequestState, request: RequestView, block_ids: Sequence[Sequence[int]], last_step: int
+    ) -> bool:
+        """Say whether a request that has ended still has blocks to save: then its pages must be kept.
+
+        Args:
+            state: What is known of it.
+            request: With all its tokens.
+            block_ids: Its pages; they are sure to be its own in the step that is planned next, and no longer.
+            last_step: The step that was planned last.
+        """
         if not state.writes or state.chain is None or state.next_save is None:
             return False
         if not state.extend(request.tokens[state.chain.num_tokens :]):
@@ -53,28 +76,34 @@ class SavePlanner:
         full = min(state.planned_tokens, state.chain.num_tokens) // self._block_size
         if state.next_save >= full or not any(page >= 0 for table in block_ids for page in table[state.next_save :]):
             return False
-        self._ended[request.request_id] = (state, [list(table) for table in block_ids])
+        self._ended[request.request_id] = _Ended(state, [list(table) for table in block_ids], last_step + 1)
         return True
 
     def plan_ended(self, draft: PlanDraft) -> None:
         """Save the last blocks of requests that have ended, once; name them until the step is reported."""
-        for state, tables in self._ended.values():
-            if tables:
-                # a load that failed in the last step it had a part in: what that step computed is garbage
-                if state.void_until < state.last_step and state.chain is not None and state.next_save is not None:
-                    self._save(draft, state, tables, state.next_save)
-                tables.clear()
+        now = time.monotonic()
+        for request_id, ended in list(self._ended.items()):
+            if now > ended.give_up_at:  # no plan reaches the workers; the engine has long taken the pages back
+                del self._ended[request_id]
+                continue
+            state, tables, ended.tables = ended.state, ended.tables, []
+            in_time = draft.opened.step == ended.step
+            # a load that failed in the last step it had a part in: what that step computed is garbage
+            good = state.void_until < state.last_step and state.chain is not None and state.next_save is not None
+            if tables and in_time and good:
+                assert state.next_save is not None, "it is good"
+                self._save(draft, state, tables, state.next_save)
         draft.opened.ended = tuple(self._ended)
 
     def reported(self, request_ids: Sequence[str]) -> None:
-        """Learn that every rank did what a plan said for these ended requests."""
+        """Learn that every rank got a plan that names these ended requests, and has said so to the engine."""
         for request_id in request_ids:
             self._ended.pop(request_id, None)
 
     def drop_ended(self) -> None:
         """Save nothing more of requests that have ended: their hashes belong to an old epoch."""
-        for _, tables in self._ended.values():
-            tables.clear()
+        for ended in self._ended.values():
+            ended.tables = []
 
     def _save(self, draft: PlanDraft, state: RequestState, tables: Sequence[Sequence[int]], start: int) -> None:
         assert state.chain is not None, "a request that is not cached is not saved"

@@ -168,10 +168,11 @@ class LeaderHooks(Protocol):
         """Take what every rank reported of one step; here saves are committed or voided.
 
         Args:
-            reports: `build_worker_report` of rank 0, 1, ...; an empty one if that rank's hook failed.
+            reports: `build_worker_report` of rank 0, 1, ...; an empty one if that rank's hook failed, and a
+                `Report.unbound` if its plan never reached it.
 
         Runs: scheduler process.
-        When: after each step, in the order of the steps.
+        When: after each step, in the order of the steps; the next one may be planned by then, and have run.
         May block: no.
         On failure: counted; what was not committed stays invisible.
         """
@@ -182,7 +183,8 @@ class LeaderHooks(Protocol):
         """Learn that a request ended.
 
         Returns:
-            True if its pages are still needed: the engine frees them once every rank has reported the id as saved.
+            True if its pages are still needed: the engine frees them once every rank has reported the id as saved. It
+            may free them without that 30 seconds after its next step, so read them in the next plan or never.
 
         Runs: scheduler process.
         When: once, after its last step.
@@ -196,7 +198,7 @@ class LeaderHooks(Protocol):
         """Learn that the request lost its pages and will run again as a new one.
 
         Runs: scheduler process.
-        When: on preemption and after a failed load.
+        When: on preemption, and after a load or a step that failed.
         May block: no.
         On failure: counted; the request goes on without the connector.
         """

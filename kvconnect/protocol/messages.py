@@ -121,7 +121,7 @@ class Plan(_Message, frozen=True, array_like=True):
         parked: Requests with an asynchronous load.
         ends: Those of them whose asynchronous load is complete with this plan's loads, or given up.
         saved: Requests that have ended and whose pages nothing needs once this plan's saves are made. A plan names
-            each until a step that did is reported; a worker says it once.
+            each until every rank has reported a step that did; a worker says it once.
     """
 
     KIND: ClassVar[bytes] = b"P"
@@ -151,7 +151,7 @@ class Report(_Message, frozen=True, array_like=True):
     """What became of a plan on one rank, and what ended since the rank's last report. Slots are packed int32.
 
     Attributes:
-        step: The plan's step.
+        step: The plan's step; ``-1 - step`` if the plan never reached the worker, see `unbound`.
         rank: Who reports.
         load_errors: Loads of this step that failed.
         failed_saves: Slots of this step's saves that were not filled.
@@ -163,6 +163,7 @@ class Report(_Message, frozen=True, array_like=True):
         released: Slots whose hung call has returned.
         error: What a hook raised in this step, ``""`` for nothing; then nothing of the step is committed.
         reads: ``(tier, blocks, microseconds)`` of each store read that ended or missed its deadline, flattened.
+        step_us: Microseconds from the plan to this report.
     """
 
     KIND: ClassVar[bytes] = b"R"
@@ -179,6 +180,17 @@ class Report(_Message, frozen=True, array_like=True):
     released: bytes = b""
     error: str = ""
     reads: bytes = b""
+    step_us: int = 0
+
+    @classmethod
+    def unbound(cls, step: int, rank: int, error: str) -> Report:
+        """Say that a step's plan never reached the worker: nothing of it was started."""
+        return cls(step=-1 - step, rank=rank, error=error)
+
+    @property
+    def unbound_step(self) -> int:
+        """The step whose plan never came, if `step` is negative."""
+        return -1 - self.step
 
     def check(self) -> None:
         """Check the packed columns, so that a report is taken whole or not at all.

@@ -36,12 +36,13 @@ class Outcome(Enum):
 
 
 class CallEvent(NamedTuple):
-    """What `StoreThreads.poll` tells: the call's tag, how it went, and its result or error."""
+    """What `StoreThreads.poll` tells: the call's tag, how it went, its result or error, and the seconds it ran."""
 
     tag: Any
     outcome: Outcome
     result: Any = None
     error: BaseException | None = None
+    seconds: float = 0.0
 
 
 class _Call:
@@ -140,7 +141,7 @@ class StoreThreads:
                 call.timed_out = True
         for call in late:  # before what has ended: the same call may be there as returned already
             error = StoreUnavailable(f"store {self.tier.name!r} gave no answer within {self.timeout_s} s")
-            events.append(CallEvent(call.tag, Outcome.TIMED_OUT, error=error))
+            events.append(CallEvent(call.tag, Outcome.TIMED_OUT, error=error, seconds=self.timeout_s))
         while self._events:
             events.append(self._events.popleft())
         if late and self.stuck:
@@ -206,7 +207,9 @@ class StoreThreads:
             store.close()
 
     def _perform(self, store: BlockStore, call: _Call) -> CallEvent:
+        started = time.perf_counter()
         try:
-            return CallEvent(call.tag, Outcome.DONE, call.work(store))
+            result = call.work(store)
+            return CallEvent(call.tag, Outcome.DONE, result, seconds=time.perf_counter() - started)
         except BaseException as error:  # a store may raise anything, foreign panics too: the batch missed
-            return CallEvent(call.tag, Outcome.FAILED, error=error)
+            return CallEvent(call.tag, Outcome.FAILED, error=error, seconds=time.perf_counter() - started)

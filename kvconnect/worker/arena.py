@@ -21,7 +21,8 @@ _HUGE_PAGE_BYTES = 2 << 20
 
 # A first write to a page costs more than the copy: 8 blocks of 96 KiB took 0.6 to 0.9 ms, 0.1 ms on pages made before.
 _AHEAD_BYTES = 16 << 20
-_AHEAD_STEPS = 4  # or as much as this many steps like the largest one will fill
+_AHEAD_STEPS = 4  # or as much as this many steps like the largest one will fill, but no more than
+_MAX_AHEAD_BYTES = 256 << 20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14: faults pages in without changing what they hold
 
 
@@ -35,7 +36,7 @@ class Arena:
     """
 
     def __init__(self, capacity: int, payload_bytes: int, *, pinned: bool) -> None:
-        """Take the memory; pages that are never written cost nothing.
+        """Take the memory; what lies far ahead of the slots in use costs nothing yet.
 
         Args:
             capacity: Bytes to stay within.
@@ -78,7 +79,8 @@ class Arena:
         """
         if self._touched >= self.num_slots:
             return
-        self._ahead = max(self._ahead, _AHEAD_STEPS * len(slots))
+        most = -(-_MAX_AHEAD_BYTES // self.slot_bytes)
+        self._ahead = max(self._ahead, min(_AHEAD_STEPS * len(slots), most))
         end = min(self.num_slots, max(slots, default=-1) + 1 + self._ahead)
         if end <= self._touched + self._ahead // 2 and end < self.num_slots:
             return

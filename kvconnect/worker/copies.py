@@ -48,6 +48,7 @@ class BlockCopier:
         for region in group.regions:
             self._parts.append((start, start + region.block_bytes, region))
             start += region.block_bytes
+        self._num_pages = int(group.regions[0].tensor.shape[0])
         self._words = self._word_views()
 
     def gather(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
@@ -84,6 +85,10 @@ class BlockCopier:
         copy: Callable[[Sequence[tuple[int, int]]], None],
     ) -> None:
         pairs = list(zip(block_ids, slots, strict=True))
+        if pairs and not (min(block_ids) >= 0 and max(block_ids) < self._num_pages):  # a slice would end there silently
+            raise IndexError(f"pages {min(block_ids)} to {max(block_ids)} of {self._num_pages}")
+        if pairs and not (min(slots) >= 0 and max(slots) < self._arena.num_slots):
+            raise IndexError(f"slots {min(slots)} to {max(slots)} of {self._arena.num_slots}")
         if self._pool is None or len(pairs) < 2 or len(pairs) * self._group.payload_bytes < _PARALLEL_BYTES:
             copy(pairs)
             return

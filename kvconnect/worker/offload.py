@@ -120,6 +120,7 @@ class OffloadWorker(Worker):
         self._counts: Counter[str] = Counter()
         self._log = FailureLog(logger)
         self._now = _Step(Plan(step=-1), 0)
+        self._bound_at = 0.0
 
     # -- start ---------------------------------------------------------------------------------------------------
 
@@ -171,6 +172,7 @@ class OffloadWorker(Worker):
         Raises:
             MetadataError: If it cannot be read; then the plan bound before is gone too.
         """
+        self._bound_at = time.perf_counter()
         self._now = _Step(Plan(step=-1), len(self._orders))
         self._now = _Step(Plan.decode(meta), len(self._orders))
         self._said_saved &= set(self._now.saved)
@@ -259,6 +261,7 @@ class OffloadWorker(Worker):
             quarantined=pack_ints(endings.quarantined),
             released=pack_ints(endings.released),
             reads=pack_ints(min(value, _MAX_INT) for read in endings.reads for value in read),
+            step_us=round((time.perf_counter() - self._bound_at) * 1e6),
         ).encode()
         self._endings = Endings()  # only now: what could not be said would be waited for
         return report

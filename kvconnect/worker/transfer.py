@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -145,17 +144,14 @@ class StoreTransfers:
         if event.outcome is Outcome.RETURNED:
             endings.released += slots
             return
+        if batch.reads and event.seconds:  # failed ones too; one that missed its deadline took at least that long
+            endings.reads.append((tier, len(slots), round(event.seconds * 1e6)))
         results: Sequence[object] = [None] * len(slots)
         if event.outcome is Outcome.DONE:
             results = event.result if batch.frames else ()
-            if batch.reads:
-                results, seconds = event.result
-                endings.reads.append((tier, len(slots), round(seconds * 1e6)))
         else:
             if event.outcome is Outcome.TIMED_OUT:
                 endings.quarantined += slots
-                if batch.reads:  # it took at least this long
-                    endings.reads.append((tier, len(slots), round(self._stores[tier].timeout_s * 1e6)))
             assert event.error is not None
             self._log.failed(f"{name} {'read' if batch.reads else 'write'}", event.error, max(1, len(slots)))
         for frame, result in zip(batch.frames, results, strict=True):
@@ -199,11 +195,8 @@ class StoreTransfers:
                 self._sealed[frame.slot] = frame.key
         return frame.memory[: HEADER_BYTES + frame.payload_bytes]
 
-    def _read(
-        self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore
-    ) -> tuple[list[str | FrameCorrupt | None], float]:
-        """Return, for each frame, the payload's order, or why it is a miss; and the seconds. Runs on a store thread."""
-        started = time.perf_counter()
+    def _read(self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore) -> list[str | FrameCorrupt | None]:
+        """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
         lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
         if len(lengths) != len(batch):
             raise ValueError(f"read answered {len(lengths)} of {len(batch)} keys")
@@ -220,7 +213,7 @@ class StoreTransfers:
                 bad.append(frame.key)
         if bad and removes:
             store.remove(bad)  # so that the block can be saved again: a store may keep what it has
-        return results, time.perf_counter() - started
+        return results
 
     def _verify(self, frame: SlotFrame, length: object) -> str:
         if not isinstance(length, int) or not 0 <= length <= len(frame.memory):

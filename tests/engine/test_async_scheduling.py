@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,108 @@ def test_forward_that_raises_leaves_an_engine_that_works(
         assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
         llm.close()
         check_pages(llm)
+
+
+def test_step_that_stands_on_a_failed_one_commits_nothing(
+    monkeypatch: pytest.MonkeyPatch, references: dict[str, Reference]
+) -> None:
+    """The first chunk's forward pass raises while the second is planned and runs, without a load in either."""
+    from kvconnect.engine.runner import ModelRunner
+
+    prompt = list(range(100, 164))
+    original = ModelRunner.forward
+    fails = iter([True])
+
+    def forward(self: Any, batch: Any, sampled: Any) -> torch.Tensor:
+        if next(fails, False):
+            raise RuntimeError("out of memory")
+        return original(self, batch, sampled)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    options: dict[str, Any] = {"block_size": 8, "max_batch_tokens": 16, "async_scheduling": True}
+    with LLM(make_model("llama"), "host://?capacity=1MiB", **options) as llm:
+        request_id = llm.add_request(prompt, PARAMS)
+        llm.step()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            llm.step()
+        llm.abort(request_id)
+        for length in (17, 33, 49, 64):
+            llm.reset_prefix_cache()
+            (output,) = llm.generate([prompt[:length]], PARAMS)
+            assert output.token_ids == references["llama"](prompt[:length], 6)
+        assert llm.get_stats()["unwritten_kv_seen"] == 0
+
+
+def test_error_of_a_step_that_nobody_waits_for_does_not_stop_the_shutdown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from kvconnect.engine.runner import ModelRunner
+
+    original = ModelRunner.forward
+    fails = False
+
+    def forward(self: Any, batch: Any, sampled: Any) -> torch.Tensor:
+        if fails:
+            raise RuntimeError("boom")
+        return original(self, batch, sampled)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    connector = ["host://?capacity=1MiB", f"disk://{tmp_path}/kv"]
+    with LLM(make_model("llama"), connector, block_size=8, async_scheduling=True) as llm:
+        llm.generate([list(range(40))], SamplingParams(max_tokens=1))
+        llm.add_request(list(range(50, 90)), PARAMS)
+        fails = True
+        llm.step()
+    stats = llm.get_stats()["leader"]
+    assert stats["demoted_blocks"] == stats["committed_blocks"] == 5
+
+
+@pytest.mark.parametrize("hook", ["wait_for_save", "save_kv_layer"])
+def test_worker_that_keeps_failing_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, hook: str) -> None:
+    fails = False
+
+    if hook == "wait_for_save":
+
+        def wait_for_save(self: Any) -> None:
+            if fails:
+                raise ValueError("always")
+
+        monkeypatch.setattr(OffloadWorker, hook, wait_for_save)
+    else:
+
+        def save_kv_layer(self: Any, layer: int) -> None:
+            if fails:
+                raise ValueError("always")
+
+        monkeypatch.setattr(OffloadWorker, hook, save_kv_layer)
+    with LLM(make_model("llama"), "host://?capacity=1MiB", block_size=8, async_scheduling=True) as llm:
+        fails = True
+        for round_number in range(4):
+            llm.generate([[round_number, *range(6)]], SamplingParams(max_tokens=12))
+        leader = llm._leader._hooks["get_stats"].__self__  # type: ignore[union-attr]
+        assert len(leader._saves.ended) <= 1
+        for _ in range(4):
+            llm.step()
+        assert not llm._core.has_connector_work
+        check_pages(llm)
+
+
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_what_a_token_takes_is_measured_with_either_scheduling(
+    monkeypatch: pytest.MonkeyPatch, async_scheduling: bool
+) -> None:
+    """Prefill and decode alternate: a step's time must not be taken for that of the step after it."""
+    from kvconnect.engine.runner import ModelRunner
+
+    original = ModelRunner.forward
+
+    def forward(self: Any, batch: Any, sampled: Any) -> torch.Tensor:
+        time.sleep(0.001 * sum(part.num_tokens for part in batch.parts))
+        return original(self, batch, sampled)
+
+    monkeypatch.setattr(ModelRunner, "forward", forward)
+    with LLM(make_model("llama"), "host://?capacity=4MiB", block_size=8, async_scheduling=async_scheduling) as llm:
+        for number in range(3):
+            llm.generate([[(number + 7 * i) % 300 for i in range(200)]], SamplingParams(max_tokens=3))
+        leader = llm._leader._hooks["get_stats"].__self__  # type: ignore[union-attr]
+        assert leader._cost._steps.seconds(200) == pytest.approx(0.2, rel=0.5)

@@ -463,8 +463,9 @@ def test_worker_hook_that_raises_now_and_then_costs_no_token(
             outputs = llm.generate(batch, PARAMS)
             assert [output.token_ids for output in outputs] == [references["llama"](prompt, 6) for prompt in batch]
             llm.reset_prefix_cache()
-            check_pages(llm)
         assert sum(llm.get_stats()["workers"][0]["hooks"]["failures"].values()) > 0
+        llm.close()  # what was void is saved again, from pages that are kept for one more step
+        check_pages(llm)
 
 
 def test_leader_whose_plan_fails_costs_no_token(

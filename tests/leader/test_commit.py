@@ -103,8 +103,9 @@ def test_slot_of_a_lost_report_is_used_again_once_the_rank_names_it() -> None:
 def test_plan_that_never_reached_its_worker_costs_no_slot() -> None:
     script = Script(tiers=[tier(dict_store())], slots=3)
     script.save("a", TOKENS)
-    assert len(script.plan().demotes) == 3
-    script.leader.update_connector_output([Report(step=-1, rank=0, error="bind raised").encode()])
+    plan = script.plan()
+    assert len(plan.demotes) == 3
+    script.leader.update_connector_output([Report.unbound(plan.step, 0, "bind raised").encode()])
     assert script.counts()["quarantined"] == script.counts()["claimed"] == 0
     assert not script.leader.has_pending_work()
 

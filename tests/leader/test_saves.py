@@ -145,8 +145,8 @@ def test_plan_with_a_last_save_that_is_lost_frees_the_pages_and_commits_nothing(
     script = Script()
     _, view = ahead(script)
     assert script.leader.request_finished(view, [[4, 5, 6]]) is True
-    script.plan()
-    script.leader.update_connector_output([Report(step=-1, rank=0, error="no plan").encode()])
+    lost = script.plan()
+    script.leader.update_connector_output([Report.unbound(lost.step, 0, "no plan").encode()])
     again = script.plan()
     assert (len(again.saves), again.saved) == (0, ("a",))
     script.report(again)
@@ -213,3 +213,48 @@ def test_saves_that_a_failed_load_made_void_are_planned_again() -> None:
     script.report(late)
     assert script.ask(script.arrive("b", [*TOKENS, 1])) == Match(12, False)
     script.leader._check_integrity()
+
+
+def test_last_block_is_saved_by_the_very_next_plan_or_not_at_all() -> None:
+    """Between that plan and a later one the engine may have given the pages to another request."""
+    script = Script()
+    _, view = ahead(script)
+    assert script.leader.request_finished(view, [[4, 5, 6]]) is True
+    script.step += 1  # a step whose plan was never made
+    late = script.plan()
+    assert (len(late.saves), late.saved) == (0, ("a",))
+
+
+def test_saves_of_a_step_that_failed_as_a_whole_are_planned_again_but_not_for_ever() -> None:
+    script = Script()
+    view = script.arrive("a", TOKENS)
+    script.report(script.plan((view, 0, 12)), error="wait_for_save raised")
+    again = script.plan((view, 12, 0))
+    assert [move.ordinal for move in again.saves.unpack()] == [0, 1, 2]
+    planned = 0
+    for _ in range(30):
+        script.report(again, error="wait_for_save raised")
+        again = script.plan((view, 12, 0))
+        planned += len(again.saves) > 0
+    assert planned < 10
+
+
+def test_step_planned_on_a_failed_one_commits_nothing_though_it_loaded_nothing() -> None:
+    script = Script()
+    view = script.arrive("a", TOKENS)
+    first = script.plan((view, 0, 4))
+    second = script.plan((view, 4, 8))
+    script.report(first, error="the forward pass failed")
+    script.report(second)
+    assert script.counts()["ready"] == script.counts()["reserved"] == 0
+
+
+def test_plan_that_was_never_made_costs_no_other_step() -> None:
+    """A report says whose plan never came; it must not close the step that was opened in its place."""
+    script = Script(ranks=1)
+    view = script.arrive("a", TOKENS)
+    opened = script.plan((view, 0, 12))
+    script.leader.update_connector_output([Report.unbound(opened.step - 1, 0, "no plan").encode()])
+    assert script.counts()["reserved"] == 3
+    script.report(opened)
+    assert script.counts()["ready"] == 3

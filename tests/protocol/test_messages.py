@@ -28,6 +28,7 @@ REPORT = Report(
     failed_saves=pack_ints([5]),
     error="bad",
     reads=pack_ints([0, 32, 1500]),
+    step_us=2500,
 )
 HANDSHAKE = Handshake(rank=0, num_slots=1024, groups=(GroupHandshake(16, 0, 2, 8192, 0xDEADBEEF),))
 

@@ -198,3 +198,20 @@ def test_large_copies_are_shared_among_threads_and_still_right() -> None:
         region.tensor.zero_()
         copies.scatter(list(range(15, -1, -1)), list(range(16)), [layout.payload_order(0)] * 16)
     assert torch.equal(region.tensor, tensor.flip(0))
+
+
+@pytest.mark.parametrize(("page", "slot"), [(PAGES, 0), (-1, 0), (0, 10**6), (0, -1)])
+@pytest.mark.parametrize("dense", [True, False])
+def test_page_or_slot_that_is_none_is_an_error_and_moves_nothing(page: int, slot: int, dense: bool) -> None:
+    tensor = torch.zeros(PAGES, 1, 3, 2, *(SIZES[axis] for axis in INNER))[:, 0]
+    if not dense:
+        tensor = torch.zeros(3, 2, *(SIZES[axis] for axis in INNER), PAGES).movedim(-1, 0)
+    layout = layout_of(Region(tensor=tensor, axes=("layer", "role", *INNER), layers=(0, 1, 2), roles=("key", "value")))
+    group = layout.groups[0]
+    arena = Arena(1 << 20, group.payload_bytes, pinned=False)
+    copier = BlockCopier(group, arena, layout.payload_order(0), None)
+    with pytest.raises(IndexError):
+        copier.gather([page], [slot])
+    with pytest.raises(IndexError):
+        copier.scatter([0, page], [0, slot], [layout.payload_order(0)] * 2)
+    assert not tensor.any()
