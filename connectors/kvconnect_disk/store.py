@@ -119,7 +119,7 @@ class DiskStore(BlockStore):
         added = 0
         try:
             self._write_file(temporary, frame)
-            replaced = _charged(os.stat(path).st_size) if _is_file(path) else 0
+            replaced = _charged_at(path)
             os.replace(temporary, path)
             added = size - replaced
             return True
@@ -190,3 +190,12 @@ def _is_file(path: str) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except OSError:
         return False
+
+
+def _charged_at(path: str) -> int:
+    """Return what the file at `path` takes, 0 if there is none: others may remove it at any moment."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0
+    return _charged(found.st_size) if stat.S_ISREG(found.st_mode) else 0

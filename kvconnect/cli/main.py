@@ -24,6 +24,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from kvconnect.cli.plugins import run_plugins  # late: a command loads what it needs
 
             return run_plugins(as_json=options.json)
+        if options.command == "conformance":
+            from kvconnect.cli.conformance import ConformanceOptions, run_conformance
+
+            return run_conformance(
+                ConformanceOptions(
+                    target=options.target,
+                    options=options.options,
+                    kit=options.kit,
+                    json_file=options.json,
+                    seed=options.seed,
+                    seeds=options.seeds,
+                    quick=options.quick,
+                    no_env_skips=options.no_env_skips,
+                )
+            )
         from kvconnect.cli.demo import DemoOptions, run_demo
 
         return run_demo(
@@ -41,9 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"kvconnect {options.command}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "transformers"):
+        extras = {"rich": "cli", "transformers": "engine", "pytest": "test", "hypothesis": "test"}
+        if error.name not in extras:
             raise
-        extra = "cli" if error.name == "rich" else "engine"
+        extra = extras[error.name]
         print(f'kvconnect {options.command} needs {error.name}: pip install "kvconnect[{extra}]"', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -77,6 +93,22 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache-bytes", metavar="SIZE", default="1GiB", help="paged cache of the engine (default: 1GiB)"
     )
     demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    kits = commands.add_parser(
+        "conformance",
+        help="prove a connector or a store right",
+        description="Runs the conformance kits. Exit status 0 if every promise that could be shown was kept, 1 if one "
+        "was broken, 2 if the kits could not run.",
+    )
+    kits.add_argument("target", metavar="TARGET", help="a registered name, a URL, or module:Class")
+    kits.add_argument("--options", metavar="JSON", default="{}", help="its options; {tmp} is a fresh folder")
+    kits.add_argument("--kit", choices=("store", "leader", "worker", "connector", "all"), default="all")
+    kits.add_argument("--json", metavar="FILE", help="write the report there")
+    kits.add_argument("--seed", metavar="N", type=int, default=0, help="repeats a run (default: 0)")
+    kits.add_argument("--seeds", metavar="N", type=int, default=1, help="run seeded tests under N seeds (default: 1)")
+    kits.add_argument("--quick", action="store_true", help="the shortest form of each test")
+    kits.add_argument(
+        "--no-env-skips", action="store_true", help="what this machine cannot run counts as broken, not as skipped"
+    )
     return parser
 
 

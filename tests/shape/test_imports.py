@@ -24,24 +24,26 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"protocol", *COMMON},
     "driver": {"registry", "protocol", "hooks", *COMMON},
     "engine": {"driver", "protocol", *COMMON},
-    "cli": {"engine", "driver", "registry", "protocol", "store", *COMMON},
+    "testing": {"engine", "driver", "hooks", "registry", "protocol", "store", *COMMON},
+    "cli": {"testing", "engine", "driver", "registry", "protocol", "store", "kvconnect_pytest", *COMMON},
     "kvconnect_host": {"leader", "worker", "store", "protocol", *COMMON},
     "kvconnect_disk": {"store", "protocol", *COMMON},
+    "kvconnect_pytest": set(),
 }
 # `kvconnect/__init__.py` names the public parts, and imports torch and the engine only when they are asked for.
 FACADE = {"options", "protocol", "store", "engine", "leader", "worker"}
 
 # Who may import torch, and who transformers.
-TORCH = {"worker", "engine", "cli"}
+TORCH = {"worker", "engine", "cli", "testing"}
 
 
 def sources() -> list[Path]:
-    return sorted([*(ROOT / "kvconnect").rglob("*.py"), *(ROOT / "connectors").rglob("*.py")])
+    return sorted(path for top in ("kvconnect", "connectors", "plugins") for path in (ROOT / top).rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
     parts = path.relative_to(ROOT).parts
-    return parts[1].removesuffix(".py") if parts[0] in ("kvconnect", "connectors") else parts[0]
+    return parts[1].removesuffix(".py") if parts[0] in ("kvconnect", "connectors", "plugins") else parts[0]
 
 
 def imports(path: Path) -> Iterator[str]:

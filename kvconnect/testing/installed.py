@@ -1,0 +1,57 @@
+"""Every kit for what is installed, without a line of code: ``pytest --pyargs kvconnect.testing.installed``.
+
+Give it ``--kv-connector NAME`` (a registered name, a URL, or ``module:Class``) once or more.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvconnect.testing.connector import ConnectorTests
+from kvconnect.testing.faults import FaultTests
+from kvconnect.testing.keys import KeyPartitionTests
+from kvconnect.testing.kit import Kit
+from kvconnect.testing.leader import LeaderTests
+from kvconnect.testing.restart import RestartTests
+from kvconnect.testing.stateful import StatefulTests
+from kvconnect.testing.store import StoreTests
+from kvconnect.testing.worker import WorkerTests
+
+__all__ = ["KITS"]
+
+KITS: dict[str, tuple[type[Kit], ...]] = {
+    "store": (StoreTests,),
+    "leader": (LeaderTests,),
+    "worker": (WorkerTests,),
+    "connector": (ConnectorTests, KeyPartitionTests, FaultTests, RestartTests, StatefulTests),
+}
+"""What ``--kit`` chooses among; ``all`` are all of them."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each kit for each ``--kv-connector``."""
+    if "connector" not in metafunc.fixturenames:
+        return
+    named = metafunc.config.option.kv_connector
+    if not named:
+        raise pytest.UsageError("name what to test: --kv-connector NAME, URL or module:Class")
+    metafunc.parametrize("connector", named, indirect=True, ids=named)
+
+
+class _Installed:
+    @pytest.fixture
+    def connector(self, request: pytest.FixtureRequest) -> Any:
+        """The target and the options of the command line."""
+        chosen = request.config.option.kv_kit
+        if chosen not in ("all", request.cls.kv_group):
+            pytest.skip("another kit was asked for")
+        return (request.param, json.loads(request.config.option.kv_options))
+
+
+for _group, _kits in KITS.items():
+    for _kit in _kits:
+        _name = f"Test{_kit.__name__.removesuffix('Tests')}"
+        globals()[_name] = type(_name, (_Installed, _kit), {"kv_group": _group, "__module__": __name__})

@@ -1,0 +1,104 @@
+"""What every kit has: the target, the seed, and tokens that nobody else uses. Subclass a kit and give it a `connector`.
+
+class TestMine(StoreTests, ConnectorTests):
+@pytest.fixture
+def connector(self, tmp_path):
+return f"mine://{tmp_path}/kv"
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from kvconnect.testing.promise import BrokenPromise
+from kvconnect.testing.target import Target
+
+__all__ = ["Kit"]
+
+_DEADLINE_S = 90
+
+
+class Kit:
+    """Base of the kits. A test's docstring is the promise; its first line is what reports print.
+
+    Attributes:
+        expected_failures: Known bugs: a test's name to a link to the bug. Strict: it must fail, and a name that no test
+            has is an error.
+        kv_kit: How the pytest plugin, which imports nothing of ours, knows a kit.
+    """
+
+    expected_failures: ClassVar[dict[str, str]] = {}
+    kv_kit: ClassVar[bool] = True
+
+    @pytest.fixture
+    def connector(self) -> Any:
+        """What is under test: whatever ``connector=`` takes, or a class, or a class and its options as a pair."""
+        raise pytest.UsageError(f"{type(self).__name__} needs a fixture named 'connector'")
+
+    @pytest.fixture
+    def seed(self, request: pytest.FixtureRequest) -> int:
+        """The run's seed; ``--kv-seed`` sets it, ``--kv-seeds`` runs several."""
+        return int(getattr(request.config.option, "kv_seed", 0))
+
+    @pytest.fixture
+    def quick(self, request: pytest.FixtureRequest) -> bool:
+        """Whether only the shortest form of each test is wanted."""
+        return bool(getattr(request.config.option, "kv_quick", False))
+
+    @pytest.fixture
+    def rng(self, seed: int, request: pytest.FixtureRequest) -> random.Random:
+        """Randomness that belongs to this test and seed."""
+        return random.Random(f"{request.node.originalname}:{seed}")
+
+    @pytest.fixture
+    def target(self, connector: Any, tmp_path: Path) -> Target:
+        """The connector under test, over a medium of this test's own."""
+        return Target(connector, tmp_path)
+
+    @pytest.fixture(autouse=True)
+    def deadline(self) -> Iterator[None]:
+        """Promise 2: whatever is asked, an answer comes."""
+
+        def late(*_: object) -> None:
+            raise BrokenPromise(
+                expected=f"an answer within {_DEADLINE_S} s", got="none", hint="a call that never returns"
+            )
+
+        if threading.current_thread() is not threading.main_thread():  # signals come to that one only
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, _DEADLINE_S)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    @pytest.fixture(autouse=True)
+    def no_pickle(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """Promise 6: no bytes are unpickled, whoever wrote them."""
+        used: list[str] = []
+
+        def forbid(name: str) -> Any:
+            def forbidden(*_: Any, **__: Any) -> Any:
+                used.append(name)
+                raise BrokenPromise(expected="no pickle, anywhere", got=f"a call of {name}", hint="parse with msgspec")
+
+            return forbidden
+
+        for name in ("load", "loads", "Unpickler"):
+            monkeypatch.setattr(pickle, name, forbid(f"pickle.{name}"))
+        yield
+        if used:  # the call itself may have been swallowed
+            raise BrokenPromise(expected="no pickle, anywhere", got=f"calls of {', '.join(sorted(set(used)))}")
+
+    def tokens(self, rng: random.Random, count: int) -> list[int]:
+        """Return random token ids."""
+        return [rng.randrange(50_000) for _ in range(count)]

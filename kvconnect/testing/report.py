@@ -1,0 +1,118 @@
+"""What a run of the kits came to: lines for people, JSON for machines, the README's table, and the list of promises."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvconnect.errors import PluginError
+from kvconnect.options import option_names
+from kvconnect.registry import Registry
+from kvconnect.testing.installed import KITS
+
+__all__ = ["connector_table", "document", "load_reports", "promise_list", "replace_between", "summary_lines"]
+
+FORMAT = 1
+
+_KINDS = {"durable": "survives restarts", "shared": "shared by processes"}
+
+
+def document(
+    target: str, version: str, settings: Mapping[str, Any], promises: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return the JSON report of a run.
+
+    Args:
+        target: What was tested.
+        version: Of kvconnect.
+        settings: ``seed``, ``seeds``, ``quick``, ``kit`` and ``capabilities``.
+        promises: One entry a test that ran, see `kvconnect_pytest.Results`.
+    """
+    counts = Counter(each["outcome"] for each in promises)
+    return {
+        "format": FORMAT,
+        "target": target,
+        "kvconnect": version,
+        **settings,
+        "summary": dict(sorted(counts.items())),
+        "promises": list(promises),
+    }
+
+
+def summary_lines(report: Mapping[str, Any]) -> list[str]:
+    """Return a line a kit, then what could not be shown, then the sum."""
+    by_kit: dict[str, Counter[str]] = {}
+    for each in report["promises"]:
+        by_kit.setdefault(each["kit"], Counter())[each["outcome"]] += 1
+    lines = []
+    for kit, counts in by_kit.items():
+        others = ", ".join(
+            f"{number} {name}" for name, number in sorted(counts.items()) if name not in ("kept", "not run")
+        )
+        lines.append(f"{kit:18} {counts['kept']:3} kept" + (f", {others}" if others else ""))
+    reasons = Counter(each["why"] for each in report["promises"] if each["outcome"] in ("not shown", "environment"))
+    lines += [f"not shown ({number} tests): {why}" for why, number in reasons.items()]
+    return lines
+
+
+def promise_list() -> str:
+    """Return Markdown: every promise, by kit, with the test that shows it."""
+    lines = []
+    for kits in KITS.values():
+        for kit in kits:
+            about = (kit.__doc__ or "").strip().split("\n")[0]
+            lines += [f"### {kit.__name__}", "", about, "", "| promise | test |", "|---|---|"]
+            for name, member in vars(kit).items():
+                if name.startswith("test_") and inspect.isfunction(member):
+                    promise = " ".join((member.__doc__ or "").split("\n\n")[0].split())
+                    lines.append(f"| {promise} | `{name}` |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def connector_table(registry: Registry, reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return Markdown: each tested connector, what it is, its options, and what the kits said."""
+    lines = ["| name | what it is | options | conformance |", "|---|---|---|---|"]
+    for report in reports:
+        name = report["target"]
+        try:
+            kind = registry.load(name)
+        except PluginError as error:
+            raise PluginError(f"{name!r} was tested and is not installed: {error}") from error
+        what = (kind.__doc__ or "").strip().split("\n")[0].rstrip(".")
+        what += "".join(f", {text}" for field, text in _KINDS.items() if report["capabilities"].get(field))
+        options = ", ".join(f"`{option}`" for option in option_names(kind.Options))
+        counts = report["summary"]
+        said = f"{counts.get('kept', 0)} promises kept, {counts.get('broken', 0)} broken"
+        for outcome in ("known bug", "not shown"):
+            if counts.get(outcome):
+                said += f", {counts[outcome]} {outcome}"
+        lines.append(f"| `{name}` | {what} | {options} | {said} |")
+    return "\n".join(lines)
+
+
+def replace_between(path: Path, marker: str, text: str) -> bool:
+    """Put `text` between ``<!-- marker -->`` and ``<!-- /marker -->``; return whether the page changed.
+
+    Raises:
+        ValueError: If the page has no such markers.
+    """
+    page = path.read_text("utf-8")
+    start, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
+    if start not in page or end not in page:
+        raise ValueError(f"{path} has no {start.strip()} ... {end.strip()}")
+    before, rest = page.split(start, 1)
+    after = rest.split(end, 1)[1]
+    made = before + start + text + end + after
+    if made != page:
+        path.write_text(made, "utf-8")
+    return made != page
+
+
+def load_reports(folder: Path) -> list[dict[str, Any]]:
+    """Return the reports that a folder keeps, by name."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]

@@ -1,0 +1,393 @@
+"""Bytes under keys: what a `BlockStore` promises. Needs no tensors and no engine."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from kvconnect.errors import ConfigError, UnsupportedError
+from kvconnect.options import convert_options
+from kvconnect.protocol.keys import KEY_BYTES, BlockKey
+from kvconnect.store import BlockStore, StoreCapabilities
+from kvconnect.testing.kit import Kit
+from kvconnect.testing.promise import must, must_equal, needs, not_shown
+from kvconnect.testing.target import Target
+
+__all__ = ["StoreTests"]
+
+
+def make_keys(rng: random.Random, count: int) -> list[BlockKey]:
+    """Return keys that nobody else has."""
+    return [BlockKey(rng.randbytes(KEY_BYTES)) for _ in range(count)]
+
+
+def read_one(store: BlockStore, key: BlockKey, size: int) -> bytes | None:
+    """Read one key into a fresh buffer of `size` bytes; None for a miss."""
+    memory = bytearray(b"\xa5" * size)
+    (length,) = store.read([key], [memoryview(memory)])
+    if length is None:
+        return None
+    must(
+        isinstance(length, int) and 0 <= length <= size,
+        expected=f"the number of bytes filled, at most {size}, or None",
+        got=length,
+    )
+    return bytes(memory[:length])
+
+
+def write_all(store: BlockStore, keys: Sequence[BlockKey], frames: Sequence[bytes]) -> None:
+    """Write frames that a store with room has no reason to decline."""
+    taken = store.write(keys, [memoryview(frame) for frame in frames])
+    must(
+        list(taken) == [True] * len(keys),
+        expected="write to keep every frame: the store is new and has room",
+        got=list(taken),
+    )
+
+
+class StoreTests(Kit):
+    """The promises of `kvconnect.BlockStore`."""
+
+    @pytest.fixture
+    def store(self, target: Target) -> Iterator[BlockStore]:
+        """One open instance of the store under test."""
+        if target.store is None:
+            not_shown(f"{target.name} has no store of its own")
+        opened = target.open_store()
+        yield opened
+        opened.close()
+
+    @pytest.fixture
+    def capabilities(self, target: Target, store: BlockStore) -> StoreCapabilities:
+        """What the store declares."""
+        return target.store_capabilities
+
+    def test_read_gives_back_what_was_written(self, store: BlockStore, rng: random.Random) -> None:
+        """A frame comes back byte for byte, whatever its length."""
+        lengths = [1, 255, 256, 4095, 4096, 4097, 70_001, 1 << 20]
+        keys = make_keys(rng, len(lengths))
+        frames = [rng.randbytes(length) for length in lengths]
+        write_all(store, keys, frames)
+        for key, frame in zip(keys, frames, strict=True):
+            for room in (len(frame), len(frame) + 1000):
+                found = read_one(store, key, room)
+                must(
+                    found == frame,
+                    expected=f"the {len(frame)} bytes that were written, in a buffer of {room}",
+                    got="a miss" if found is None else _difference(found, frame),
+                )
+
+    def test_absent_key_is_a_miss(self, store: BlockStore, rng: random.Random) -> None:
+        """A key that was never written is None to `read` and False to `contains`."""
+        (key,) = make_keys(rng, 1)
+        must_equal("read of an absent key", read_one(store, key, 64), None)
+        must_equal("contains of an absent key", [bool(there) for there in store.contains([key])], [False])
+
+    def test_results_are_parallel_to_the_keys(self, store: BlockStore, rng: random.Random) -> None:
+        """Answers stand in the order of the keys, one each, with misses among them and keys that come twice."""
+        keys = make_keys(rng, 8)
+        frames = [rng.randbytes(100 + number) for number in range(8)]
+        write_all(store, keys[::2], frames[::2])
+        asked = [7, 0, 3, 4, 2, 1, 6, 5, 0, 0, 7]
+        answers = list(store.contains([keys[i] for i in asked]))
+        must_equal("contains", [bool(answer) for answer in answers], [i % 2 == 0 for i in asked])
+        buffers = [bytearray(200) for _ in asked]
+        lengths = list(store.read([keys[i] for i in asked], [memoryview(buffer) for buffer in buffers]))
+        must_equal("read", lengths, [len(frames[i]) if i % 2 == 0 else None for i in asked])
+        for i, buffer, length in zip(asked, buffers, lengths, strict=True):
+            if length is not None:
+                must(
+                    bytes(buffer[:length]) == frames[i],
+                    expected="each buffer to hold its own key's frame",
+                    got="another key's, or none",
+                )
+
+    def test_empty_lists_are_fine(self, store: BlockStore) -> None:
+        """No keys is an answer of no results, from every call."""
+        must_equal("contains([])", list(store.contains([])), [])
+        must_equal("read([], [])", list(store.read([], [])), [])
+        must_equal("write([], [])", list(store.write([], [])), [])
+        store.remove([])
+
+    def test_frame_longer_than_its_buffer_is_a_miss(self, store: BlockStore, rng: random.Random) -> None:
+        """A buffer that is too small gets None, and memory behind it is not touched."""
+        (key,) = make_keys(rng, 1)
+        write_all(store, [key], [rng.randbytes(5000)])
+        memory = bytearray(b"\x5a" * 8192)
+        (length,) = store.read([key], [memoryview(memory)[:4999]])
+        must_equal("read of 5000 bytes into 4999", length, None)
+        must(
+            memory[4999:] == b"\x5a" * (8192 - 4999),
+            expected="bytes behind the buffer to stay as they were",
+            got="others",
+        )
+
+    def test_memory_is_the_callers_again_when_a_call_returns(self, store: BlockStore, rng: random.Random) -> None:
+        """A store keeps copies: frames may be overwritten after `write`, buffers after `read`."""
+        (key, other) = make_keys(rng, 2)
+        frame = bytearray(rng.randbytes(3000))
+        kept = bytes(frame)
+        must_equal("write", list(store.write([key], [memoryview(frame)])), [True])
+        frame[:] = b"\x11" * len(frame)
+        must(
+            read_one(store, key, 3000) == kept,
+            expected="the bytes as they were when write was called",
+            got="others: the store kept the caller's memory instead of a copy",
+        )
+        buffer = bytearray(3000)
+        store.read([key], [memoryview(buffer)])
+        buffer[:] = b"\x22" * len(buffer)
+        write_all(store, [other], [b"x" * 10])
+        must(read_one(store, key, 3000) == kept, expected="the frame, whatever was done to a buffer", got="others")
+        must(set(buffer) == {0x22}, expected="a buffer to be left alone after read", got="bytes written later")
+
+    def test_frames_and_keys_are_not_changed(self, store: BlockStore, rng: random.Random) -> None:
+        """`write` reads what it is given, and nothing more."""
+        keys = make_keys(rng, 2)
+        frames = [bytearray(rng.randbytes(500)) for _ in keys]
+        before = [bytes(frame) for frame in frames]
+        list_before = list(keys)
+        store.write(keys, [memoryview(frame) for frame in frames])
+        must([bytes(frame) for frame in frames] == before, expected="frames as they were given", got="changed ones")
+        must_equal("the list of keys", keys, list_before)
+
+    def test_keys_are_any_bytes_and_never_mixed_up(self, store: BlockStore, rng: random.Random) -> None:
+        """Keys that differ in a single bit, or hold zeros, slashes or quotes, name different frames."""
+        base = rng.randbytes(KEY_BYTES)
+        keys = {base}
+        for place in (0, 1, 31, 32, 63, 64, 67, 68, KEY_BYTES - 1):
+            for bit in (0x01, 0x80):
+                keys.add(base[:place] + bytes([base[place] ^ bit]) + base[place + 1 :])
+        stem = base[: KEY_BYTES - 8]
+        keys |= {stem + tail for tail in (b"\0" * 8, b"../../..", b"'; DROP ", b"%s%n\r\n\t\x7f", b"\xff" * 8)}
+        listed = [BlockKey(key) for key in sorted(keys)]
+        frames = [b"frame %d" % number for number in range(len(listed))]
+        write_all(store, listed, frames)
+        for key, frame in zip(listed, frames, strict=True):
+            found = read_one(store, key, 64)
+            must(found == frame, expected=f"{frame!r} under key {key[-12:]!r}", got=found)
+
+    def test_writing_a_present_key_leaves_one_whole_frame(self, store: BlockStore, rng: random.Random) -> None:
+        """Writing a key again replaces the frame or does nothing; what is read is one of the two, whole."""
+        (key,) = make_keys(rng, 1)
+        old, new = rng.randbytes(4000), rng.randbytes(2500)
+        write_all(store, [key], [old])
+        store.write([key], [memoryview(new)])
+        must(
+            read_one(store, key, 5000) in (old, new),
+            expected="the old frame or the new one",
+            got="a mixture, or a miss",
+        )
+
+    def test_removed_key_is_a_miss(self, store: BlockStore, rng: random.Random) -> None:
+        """`remove` forgets keys, absent ones without complaint, and lets them be written again."""
+        keys = make_keys(rng, 3)
+        write_all(store, keys[:2], [b"one", b"two"])
+        store.remove([keys[0], keys[2], keys[0]])
+        must_equal("contains after remove", [bool(x) for x in store.contains(keys)], [False, True, False])
+        must_equal("read after remove", read_one(store, keys[0], 64), None)
+        must_equal("read of its neighbour", read_one(store, keys[1], 64), b"two")
+        write_all(store, keys[:1], [b"again"])
+        must_equal("read of what was written again", read_one(store, keys[0], 64), b"again")
+
+    def test_closing_twice_is_fine(self, store: BlockStore) -> None:
+        """`close` may be called again."""
+        store.close()
+        store.close()
+
+    def test_another_instance_reads_what_was_confirmed(
+        self, target: Target, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Shared: what `write` answered True for, every other instance reads at once."""
+        needs(capabilities.shared, "shared")
+        keys = make_keys(rng, 3)
+        other = target.open_store()
+        try:
+            frames = [rng.randbytes(2000) for _ in keys]
+            write_all(store, keys, frames)
+            found = [read_one(other, key, 2000) for key in keys]
+            must(
+                found == frames,
+                expected="another instance, opened before, to read what was confirmed",
+                got=f"{sum(each is None for each in found)} misses of {len(keys)}, "
+                f"{sum(each not in (None, frame) for each, frame in zip(found, frames, strict=True))} wrong frames",
+            )
+            other.remove(keys[:1])
+            must_equal("contains after the other instance removed it", bool(store.contains(keys[:1])[0]), False)
+        finally:
+            other.close()
+
+    def test_what_was_confirmed_is_there_after_closing(
+        self, target: Target, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Durable: what `write` answered True for is there when the store is opened again."""
+        needs(capabilities.durable, "durable")
+        keys = make_keys(rng, 3)
+        frames = [rng.randbytes(2000) for _ in keys]
+        write_all(store, keys, frames)
+        store.close()
+        again = target.open_store()
+        try:
+            found = [read_one(again, key, 2000) for key in keys]
+            must(found == frames, expected="every frame, after close and a new instance", got=_count(found))
+        finally:
+            again.close()
+
+    def test_readers_see_whole_frames_while_others_write(
+        self, target: Target, capabilities: StoreCapabilities, rng: random.Random, quick: bool
+    ) -> None:
+        """While instances write the same keys, a reader gets a whole frame or a miss, never a torn one."""
+        needs(capabilities.shared, "shared")
+        (key,) = make_keys(rng, 1)
+        stop = time.monotonic() + (0.5 if quick else 2.0)
+        torn: list[bytes] = []
+
+        def write(letter: int) -> None:
+            store = target.open_store()
+            try:
+                size = 20_000 + 7_000 * letter
+                while time.monotonic() < stop:
+                    with contextlib.suppress(Exception):  # a batch that missed, by the contract
+                        store.write([key], [memoryview(bytes([65 + letter]) * size)])
+                        store.remove([key])
+            finally:
+                store.close()
+
+        def read() -> None:
+            store = target.open_store()
+            try:
+                while time.monotonic() < stop:
+                    found = read_one(store, key, 64_000)
+                    whole = found is None or (len(set(found)) == 1 and len(found) == 20_000 + 7_000 * (found[0] - 65))
+                    if not whole:
+                        torn.append(found or b"")
+            finally:
+                store.close()
+
+        with ThreadPoolExecutor(4) as pool:
+            for future in [pool.submit(write, 0), pool.submit(write, 1), pool.submit(read), pool.submit(read)]:
+                future.result()
+        must(
+            not torn,
+            expected="one writer's whole frame, or a miss",
+            got=f"{len(torn)} torn frames; the first has {len(torn[0]) if torn else 0} bytes",
+            hint="publish a frame in one step: write it under another name and rename, or in one transaction",
+        )
+
+    def test_declared_concurrency_holds(
+        self, target: Target, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """As many threads as declared may call one instance at once."""
+        needs(capabilities.concurrency > 1, "concurrency")
+        barrier = threading.Barrier(capabilities.concurrency)
+
+        def work(seed: int) -> None:
+            mine = random.Random(seed)
+            barrier.wait()
+            for _ in range(15):
+                keys = make_keys(mine, 4)
+                frames = [mine.randbytes(3000) for _ in keys]
+                write_all(store, keys, frames)
+                found = [read_one(store, key, 3000) for key in keys]
+                must(found == frames, expected="each thread to read what it wrote", got=_count(found))
+                store.remove(keys)
+
+        with ThreadPoolExecutor(capabilities.concurrency) as pool:
+            seeds = [rng.getrandbits(32) for _ in range(capabilities.concurrency)]
+            for future in [pool.submit(work, seed) for seed in seeds]:
+                future.result()
+
+    def test_scan_names_every_key_once(
+        self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Scans: `scan` yields each key that is there, once, and no removed one."""
+        needs(capabilities.scans, "scans")
+        keys = make_keys(rng, 12)
+        write_all(store, keys, [b"x" * 100] * 12)
+        store.remove(keys[:3])
+        found = [bytes(key) for key in store.scan()]
+        must_equal("keys that scan yields twice", len(found) - len(set(found)), 0)
+        must_equal("written keys that scan lacks", len(set(keys[3:]) - set(found)), 0)
+        must_equal("removed keys that scan yields", len(set(keys[:3]) & set(found)), 0)
+
+    def test_undeclared_scan_is_refused(self, store: BlockStore, capabilities: StoreCapabilities) -> None:
+        """Without `scans`, `scan` raises UnsupportedError instead of naming nothing."""
+        needs(not capabilities.scans, "(scans is declared)")
+        with pytest.raises(UnsupportedError):
+            list(store.scan())
+
+    def test_held_keys_stay(self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random) -> None:
+        """Holds: what `hold` confirmed is there until `release`, and holding an absent key is False."""
+        needs(capabilities.holds, "holds")
+        keys = make_keys(rng, 2)
+        write_all(store, keys[:1], [b"held"])
+        must_equal("hold of a present and an absent key", [bool(x) for x in store.hold(keys, 60.0)], [True, False])
+        must_equal("read of a held key", read_one(store, keys[0], 64), b"held")
+        store.release(keys)
+        store.release(keys)
+
+    def test_undeclared_hold_is_refused(
+        self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Without `holds`, `hold` and `release` raise UnsupportedError."""
+        needs(not capabilities.holds, "(holds is declared)")
+        with pytest.raises(UnsupportedError):
+            store.hold(make_keys(rng, 1), 1.0)
+        with pytest.raises(UnsupportedError):
+            store.release(make_keys(rng, 1))
+
+    def test_capacity_is_kept(self, target: Target, tmp_path: Path, rng: random.Random) -> None:
+        """With an option `capacity`, no more than that is kept, and the newest frames still find room."""
+        if target.store is None:
+            not_shown(f"{target.name} has no store of its own")
+        if "capacity" not in target.store.store_class.Options.__struct_fields__:
+            not_shown(f"{target.name} has no option named capacity")
+        limited = Target((target.kind, {**target.specs[-1].options, "capacity": 1 << 20}), tmp_path)
+        store = limited.open_store()
+        try:
+            keys = make_keys(rng, 64)
+            for key in keys:
+                store.write([key], [memoryview(rng.randbytes(40_000))])
+            kept = [read_one(store, key, 40_000) is not None for key in keys]
+            must(
+                sum(kept) * 40_000 <= 1 << 20,
+                expected="at most 1 MiB of frames under capacity=1MiB",
+                got=f"{sum(kept)} frames of 40,000 bytes",
+                hint="evict or decline when the store is full",
+            )
+            must(any(kept), expected="some frames to be kept under capacity=1MiB", got="none of 64")
+        finally:
+            store.close()
+
+    def test_unknown_option_is_refused(self, target: Target) -> None:
+        """Options are frozen, and one that is not known is an error that names it."""
+        if target.store is None:
+            not_shown(f"{target.name} has no store of its own")
+        options = target.store.store_class.Options
+        with pytest.raises(ConfigError, match="no_such_option"):
+            convert_options(target.name, {**target.specs[-1].options, "no_such_option": 1}, options)
+        config = options.__struct_config__
+        must(
+            config.frozen and config.forbid_unknown_fields,
+            expected=f"{options.__name__} to be frozen and to refuse unknown fields",
+            got=f"frozen={config.frozen}, forbid_unknown_fields={config.forbid_unknown_fields}",
+            hint="class MyOptions(kvconnect.Options, frozen=True)",
+        )
+
+
+def _difference(found: bytes, frame: bytes) -> str:
+    if len(found) != len(frame):
+        return f"{len(found)} bytes"
+    first = next((i for i in range(len(frame)) if found[i] != frame[i]), len(frame))
+    return f"other bytes from byte {first} on"
+
+
+def _count(found: Sequence[bytes | None]) -> str:
+    return f"{sum(each is None for each in found)} misses of {len(found)}, or other bytes"
