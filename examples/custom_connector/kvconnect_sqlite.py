@@ -10,6 +10,8 @@ class SQLiteOptions(Options, frozen=True):
 
 
 class SQLiteStore(BlockStore):
+    """One SQLite file (examples/custom_connector)."""
+
     Options = SQLiteOptions
     capabilities = StoreCapabilities(durable=True, shared=True)  # concurrency=1: every call comes on one thread
 

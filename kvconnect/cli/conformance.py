@@ -36,7 +36,7 @@ def run_conformance(options: ConformanceOptions) -> int:
     import pytest  # late: other commands need none of it
 
     from kvconnect.testing.harness import StepEngine
-    from kvconnect.testing.report import document, summary_lines
+    from kvconnect.testing.report import describe, document, summary_lines
     from kvconnect.testing.target import Target
 
     started = time.monotonic()
@@ -72,6 +72,7 @@ def run_conformance(options: ConformanceOptions) -> int:
         "quick": options.quick,
         "kit": options.kit,
         "capabilities": capabilities,
+        **describe(target.kind),
     }
     report = document(target.name, importlib.metadata.version("kvconnect"), settings, promises)
     broken = [each for each in promises if each["outcome"] == "broken"]

@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from kvconnect.cli.plugins import run_plugins  # late: a command loads what it needs
 
             return run_plugins(as_json=options.json)
+        if options.command == "new":
+            from kvconnect.cli.new import write_skeleton
+
+            write_skeleton(options.name, options.folder)
+            return 0
         if options.command == "conformance":
             from kvconnect.cli.conformance import ConformanceOptions, run_conformance
 
@@ -93,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
         "--kv-cache-bytes", metavar="SIZE", default="1GiB", help="paged cache of the engine (default: 1GiB)"
     )
     demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    new = commands.add_parser(
+        "new",
+        help="write the skeleton of a distribution with a store of your own",
+        description="Writes a folder with a pyproject.toml, a store that passes the conformance kits, and its tests.",
+    )
+    new.add_argument("name", metavar="NAME", help="what users will write: NAME://...")
+    new.add_argument("--folder", metavar="DIR", help="where (default: kvconnect-NAME)")
     kits = commands.add_parser(
         "conformance",
         help="prove a connector or a store right",

@@ -195,7 +195,11 @@ def run_child(target: Target, action: str, seed: int, *, prompts: int, kill_afte
         "seed": seed,
         "prompts": prompts,
     }
-    environ = {**os.environ, "PYTHONHASHSEED": str(seed % 1000), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environ = {
+        **os.environ,
+        "PYTHONHASHSEED": str(seed % 1000),
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "kvconnect.testing.child", json.dumps(task)],
         stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from kvconnect.protocol import (
     SchedulerOutput,
 )
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import must, must_equal, needs
+from kvconnect.testing.promise import must, must_equal, needs, not_shown
 from kvconnect.testing.target import ENGINE, Target
 
 __all__ = ["LeaderTests"]
@@ -146,7 +147,7 @@ class LeaderTests(Kit):
         must_equal("request_finished", leader.request_finished(request, [[0, 1, 2]]), False)
         must_equal("failures", failures, [])
 
-    def test_stats_are_a_mapping(self, leader: LeaderDriver, failures: list[str]) -> None:
+    def test_leader_stats_are_a_mapping(self, leader: LeaderDriver, failures: list[str]) -> None:
         """`get_stats` returns a mapping, any time."""
         must(isinstance(leader.get_stats(), dict), expected="a dict", got="something else")
         must_equal("failures", failures, [])
@@ -169,7 +170,7 @@ class LeaderTests(Kit):
         with pytest.raises(UnsupportedError):
             leader.hook("resize_tier")(0, 1)
 
-    def test_shutting_down_twice_is_fine(self, target: Target, leader: LeaderDriver, failures: list[str]) -> None:
+    def test_leader_shuts_down_twice(self, target: Target, leader: LeaderDriver, failures: list[str]) -> None:
         """`shutdown` may come twice."""
         leader.hook("shutdown")()
         leader.hook("shutdown")()
@@ -184,12 +185,11 @@ class LeaderTests(Kit):
                 "sys.exit(7 if 'torch' in sys.modules else 0)",
             )
         )
+        found = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path)}
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, cwd=target.folder
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False, env=found
         )
         if done.returncode not in (0, 7):
-            from kvconnect.testing.promise import not_shown
-
             not_shown(f"{target.kind.__module__} cannot be imported in another process: it is not installed")
         must_equal("torch among the modules after importing " + target.kind.__module__, done.returncode == 7, False)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvconnect.errors import PluginError
-from kvconnect.options import option_names
-from kvconnect.registry import Registry
+import msgspec
+
+from kvconnect.options import ByteSize
 from kvconnect.testing.installed import KITS
 
-__all__ = ["connector_table", "document", "load_reports", "promise_list", "replace_between", "summary_lines"]
+__all__ = [
+    "connector_table",
+    "describe",
+    "document",
+    "promise_list",
+    "replace_between",
+    "summary_lines",
+]
 
 FORMAT = 1
 
@@ -29,7 +35,7 @@ def document(
     Args:
         target: What was tested.
         version: Of kvconnect.
-        settings: ``seed``, ``seeds``, ``quick``, ``kit`` and ``capabilities``.
+        settings: ``seed``, ``seeds``, ``quick``, ``kit``, ``capabilities``, and what `describe` says.
         promises: One entry a test that ran, see `kvconnect_pytest.Results`.
     """
     counts = Counter(each["outcome"] for each in promises)
@@ -74,25 +80,32 @@ def promise_list() -> str:
     return "\n".join(lines)
 
 
-def connector_table(registry: Registry, reports: Sequence[Mapping[str, Any]]) -> str:
+def describe(kind: type) -> dict[str, Any]:
+    """Return what the table says of a class under test: its docstring's first line, and its options."""
+    about = (inspect.getdoc(kind) or kind.__name__).split("\n")[0].rstrip(".")
+    return {"about": about, "options": [_option(field) for field in msgspec.structs.fields(kind.Options)]}  # type: ignore[attr-defined]
+
+
+def connector_table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Return Markdown: each tested connector, what it is, its options, and what the kits said."""
     lines = ["| name | what it is | options | conformance |", "|---|---|---|---|"]
     for report in reports:
-        name = report["target"]
-        try:
-            kind = registry.load(name)
-        except PluginError as error:
-            raise PluginError(f"{name!r} was tested and is not installed: {error}") from error
-        what = (kind.__doc__ or "").strip().split("\n")[0].rstrip(".")
-        what += "".join(f", {text}" for field, text in _KINDS.items() if report["capabilities"].get(field))
-        options = ", ".join(f"`{option}`" for option in option_names(kind.Options))
+        reach = "".join(f", {text}" for field, text in _KINDS.items() if report["capabilities"].get(field))
         counts = report["summary"]
         said = f"{counts.get('kept', 0)} promises kept, {counts.get('broken', 0)} broken"
-        for outcome in ("known bug", "not shown"):
-            if counts.get(outcome):
-                said += f", {counts[outcome]} {outcome}"
-        lines.append(f"| `{name}` | {what} | {options} | {said} |")
+        said += "".join(f", {counts[each]} {each}" for each in ("known bug", "not shown") if counts.get(each))
+        lines.append(
+            f"| `{report['target']}://` | {report['about']}{reach} | {', '.join(report['options'])} | {said} |"
+        )
     return "\n".join(lines)
+
+
+def _option(field: Any) -> str:
+    """Return an option's name, and what it is if it is not given."""
+    shown = "" if field.required or field.default == "" else f" ({str(field.default).lower()})"
+    if isinstance(field.default, ByteSize):
+        shown = f" ({field.default})"
+    return f"`{field.encode_name}`{shown}"
 
 
 def replace_between(path: Path, marker: str, text: str) -> bool:
@@ -103,6 +116,7 @@ def replace_between(path: Path, marker: str, text: str) -> bool:
     """
     page = path.read_text("utf-8")
     start, end = f"<!-- {marker} -->\n", f"\n<!-- /{marker} -->"
+    page = page.replace(start + end.lstrip("\n"), start + end)  # an empty place
     if start not in page or end not in page:
         raise ValueError(f"{path} has no {start.strip()} ... {end.strip()}")
     before, rest = page.split(start, 1)
@@ -111,8 +125,3 @@ def replace_between(path: Path, marker: str, text: str) -> bool:
     if made != page:
         path.write_text(made, "utf-8")
     return made != page
-
-
-def load_reports(folder: Path) -> list[dict[str, Any]]:
-    """Return the reports that a folder keeps, by name."""
-    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]

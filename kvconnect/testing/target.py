@@ -170,7 +170,8 @@ class Target:
         if isinstance(entry, str) and "://" not in entry and entry.count(":") == 1 and "/" not in entry:
             module, _, attribute = entry.partition(":")
             with contextlib.suppress(ImportError):
-                entry = getattr(importlib.import_module(module), attribute, entry)
+                found = getattr(importlib.import_module(module), attribute, entry)
+                entry = found if isinstance(found, type) else entry
         if isinstance(entry, type):
             if not issubclass(entry, (BlockStore, Connector)):
                 raise PluginError(f"{entry.__name__} is neither a BlockStore nor a Connector")

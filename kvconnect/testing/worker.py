@@ -171,14 +171,14 @@ class WorkerTests(Kit):
         except KVConnectError as error:
             must(str(error) != "", expected="an error that says what does not fit", got="an empty message")
 
-    def test_stats_are_a_mapping(self, worker: WorkerDriver, failures: list[str]) -> None:
+    def test_worker_stats_are_a_mapping(self, worker: WorkerDriver, failures: list[str]) -> None:
         """`get_stats` returns a mapping, before and after the cache is registered."""
         must(isinstance(worker.get_stats(), dict), expected="a dict", got="something else")
         worker.register_kv_caches(make_layout("one pool"))
         must(isinstance(worker.get_stats(), dict), expected="a dict", got="something else")
         must_equal("failures", failures, [])
 
-    def test_shutting_down_twice_is_fine(self, worker: WorkerDriver, failures: list[str]) -> None:
+    def test_worker_shuts_down_twice(self, worker: WorkerDriver, failures: list[str]) -> None:
         """`shutdown` may come twice."""
         worker.register_kv_caches(make_layout("one pool"))
         worker.hook("shutdown")()

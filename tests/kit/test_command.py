@@ -1,0 +1,153 @@
+"""`kvconnect conformance` and the pytest plugin: what they print, write and return."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvconnect.cli.main import main
+from kvconnect.testing.target import Target
+from tests.kit.running import run_kit
+
+
+def test_right_store_gives_status_0_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.json"
+    assert main(["conformance", "disk", "--kit", "store", "--quick", "--json", str(report), "--seed", "5"]) == 0
+    said = capsys.readouterr().out
+    assert "19 promises kept, 0 broken" in said
+    written = json.loads(report.read_text())
+    assert (written["target"], written["seed"], written["format"]) == ("disk", 5, 1)
+    assert written["summary"] == {"kept": 19, "not declared": 2}
+    assert {each["kit"] for each in written["promises"]} == {"StoreTests"}
+    assert all(each["promise"].endswith(".") for each in written["promises"])
+
+
+def test_broken_store_gives_status_1_and_a_line_that_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = json.dumps({"path": "{tmp}/here"})
+    target = "tests.kit.broken_stores:FillsWhatFits"
+    assert main(["conformance", target, "--kit", "store", "--quick", "--options", options, "--seed", "3"]) == 1
+    said = capsys.readouterr().out
+    (line,) = [each for each in said.splitlines() if each.startswith("BROKEN")]
+    assert "StoreTests.test_frame_longer_than_its_buffer_is_a_miss" in line
+    assert "A buffer that is too small gets None" in line
+    assert "5000 bytes into 4999 to be None; got 4999" in line
+    assert "(seed 3)" in line
+    assert f"again: kvconnect conformance {target} --seed 3" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["nope"], "unknown connector 'nope'"),
+        (["disk", "--options", "{"], "--options is not JSON"),
+        (["disk", "--options", "[]"], "must be a JSON object"),
+        (["disk", "--options", '{"capcity": 1}'], "did you mean 'capacity'"),
+        (["disk", "--options", '{"path": "/proc/x"}'], "disk store cannot use"),
+        (["os:path"], "unknown connector 'os'"),
+        (["os:PathLike"], "neither a BlockStore nor a Connector"),
+    ],
+)
+def test_what_cannot_be_run_gives_status_2(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import re
+
+    assert main(["conformance", *arguments]) == 2
+    assert re.search(why, capsys.readouterr().err)
+
+
+def test_host_says_that_it_has_no_store(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", "host", "--kit", "store", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "host has no store of its own" in said
+    assert "0 promises kept, 0 broken" in said
+
+
+def test_seeds_run_what_depends_on_them_and_the_rest_once(tmp_path: Path) -> None:
+    found = run_kit("disk", "test_absent_key_is_a_miss or test_closing_twice", tmp_path, "--kv-seeds", "3")
+    assert [(each["test"], each["seed"]) for each in found] == [
+        ("test_absent_key_is_a_miss", 0),
+        ("test_absent_key_is_a_miss", 1),
+        ("test_absent_key_is_a_miss", 2),
+        ("test_closing_twice_is_fine", 0),
+    ]
+
+
+def test_plugin_imports_nothing_of_ours() -> None:
+    program = (
+        "import sys, kvconnect_pytest; "
+        "sys.exit(any(m.split('.')[0] in ('kvconnect', 'torch', 'msgspec') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+
+
+KIT = """
+import pytest
+from kvconnect.testing import StoreTests
+from kvconnect.testing.promise import not_here
+class TestMine(StoreTests):
+    expected_failures = {failures}
+    @pytest.fixture
+    def connector(self, tmp_path):
+        return ("tests.kit.broken_stores:{store}", {{"path": str(tmp_path)}})
+    def test_needs_a_machine(self):
+        not_here("no such device")
+"""
+
+
+@pytest.mark.parametrize(
+    ("store", "failures", "arguments", "status", "said"),
+    [
+        ("FillsWhatFits", {"test_frame_longer_than_its_buffer_is_a_miss": "https://bugs/1"}, [], 0, "1 xfailed"),
+        ("FolderStore", {"test_frame_longer_than_its_buffer_is_a_miss": "https://bugs/1"}, [], 1, "XPASS"),
+        ("FolderStore", {"test_no_such": "https://bugs/1"}, [], 4, "there is no test 'test_no_such'"),
+        ("FolderStore", {"test_absent_key_is_a_miss": "some day"}, [], 4, "needs a link"),
+        ("FolderStore", {}, ["--kv-no-env-skips"], 1, "no such device"),
+        ("FolderStore", {}, [], 0, "passed"),
+        ("ShortensKeys", {}, [], 1, "broken promises"),
+    ],
+)
+def test_kit_of_ones_own(
+    tmp_path: Path, store: str, failures: dict[str, str], arguments: list[str], status: int, said: str
+) -> None:
+    (tmp_path / "test_mine.py").write_text(KIT.format(store=store, failures=failures))
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
+            *(f"--rootdir={tmp_path}", f"-c={tmp_path}/pytest.ini"),
+            *("-k", "absent or longer or machine or mixed", str(tmp_path), *arguments),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    assert said in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "kind"),
+    [
+        ("disk", "disk", "DiskStore"),
+        ("disk://?path={tmp}/x", "disk", "DiskStore"),
+        ({"name": "disk"}, "disk", "DiskStore"),
+        ("kvconnect_disk.store:DiskStore", "diskstore", "DiskStore"),
+        (["host://?capacity=1MiB", "disk"], "host+disk", "DiskStore"),
+        ("host", "host", "HostConnector"),
+    ],
+)
+def test_target_is_named_in_any_way(tmp_path: Path, given: Any, name: str, kind: str) -> None:
+    target = Target(given, tmp_path)
+    assert (target.name, target.kind.__name__) == (name, kind)
+    if kind == "DiskStore":
+        assert str(tmp_path) in target.resolved.tiers[0].options.path
+    again = Target(target.portable() if len(target.portable()) > 1 else target.portable()[0], tmp_path)
+    assert again.resolved.tiers == target.resolved.tiers
