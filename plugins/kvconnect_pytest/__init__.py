@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Generator
 from typing import Any
@@ -25,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kv-options", default="{}", metavar="JSON", help="options of every --kv-connector")
     group.addoption("--kv-kit", default="all", metavar="KIT", help="store, leader, worker, connector or all")
     group.addoption("--kv-seed", type=int, default=0, metavar="N", help="repeats a run")
-    group.addoption("--kv-seeds", type=int, default=1, metavar="N", help="run seeded tests under this many seeds")
+    group.addoption("--kv-seeds", type=int, default=1, metavar="N", help="run random schedules under this many seeds")
     group.addoption("--kv-quick", action="store_true", help="the shortest form of each test")
     group.addoption("--kv-report", metavar="FILE", help="write what was kept and broken as JSON")
     group.addoption("--kv-no-env-skips", action="store_true", help="a test that this machine cannot run is a failure")
@@ -37,9 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run what depends on the seed once for each."""
+    """Run random schedules, which ask for the seed itself, once for each; the rest only draws other tokens."""
     seeds = metafunc.config.option.kv_seeds
-    if seeds > 1 and getattr(metafunc.cls, "kv_kit", "") and "seed" in metafunc.fixturenames:
+    if seeds > 1 and getattr(metafunc.cls, "kv_kit", "") and "seed" in inspect.signature(metafunc.function).parameters:
         first = metafunc.config.option.kv_seed
         metafunc.parametrize("seed", range(first, first + seeds), ids=lambda seed: f"seed{seed}")
 
