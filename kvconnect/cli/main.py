@@ -116,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     kits.add_argument("--kit", choices=("store", "leader", "worker", "connector", "all"), default="all")
     kits.add_argument("--json", metavar="FILE", help="write the report there")
     kits.add_argument("--seed", metavar="N", type=int, default=0, help="repeats a run (default: 0)")
-    kits.add_argument(
-        "--seeds", metavar="N", type=int, default=1, help="random schedules under N seeds (default: 1)"
-    )
+    kits.add_argument("--seeds", metavar="N", type=int, default=1, help="random schedules under N seeds (default: 1)")
     kits.add_argument("--quick", action="store_true", help="the shortest form of each test")
     kits.add_argument(
         "--no-env-skips", action="store_true", help="what this machine cannot run counts as broken, not as skipped"

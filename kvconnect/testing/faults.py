@@ -94,8 +94,9 @@ class FaultTests(Kit):
                     fails = rng.random() < 0.25
                     lost = rng.random() < 0.1
                     rank = rng.randrange(num_ranks) if fails else None
+                    loading = request.loaded > 0
                     engine.step((request, count), failing_rank=rank, lose_plan=lost)
-                    if fails or (lost and rng.random() < 0.9):
+                    if fails or (lost and (loading or rng.random() < 0.5)):  # without a load its KV is right
                         engine.reset(request)
                         if rng.random() < 0.3:
                             break
