@@ -20,11 +20,21 @@ from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, FinishReason
 from kvconnect.engine.sampling import choose_token, draw
 from kvconnect.engine.scheduler import Batch, Scheduler
-from kvconnect.protocol import Finished
+from kvconnect.protocol import EngineCapabilities, Finished
 
-__all__ = ["EngineCore", "NewToken", "Runner"]
+__all__ = ["ENGINE_CAPABILITIES", "EngineCore", "NewToken", "Runner"]
 
 logger = logging.getLogger(__name__)
+
+ENGINE_CAPABILITIES = EngineCapabilities(
+    can_ask_again=True,
+    load_errors="block",
+    reports=True,
+    handshake=True,
+    steps_when_idle=True,
+    layer_hooks=True,
+)
+"""What this engine can do; whether it parks requests and how many tokens it takes a step are added when it starts."""
 
 _UNWRITTEN = "attention read KV that nobody wrote"
 _IDLE_S = 0.0005  # between steps that compute nothing but wait for a store

@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
-from kvconnect.engine.core import EngineCore
+from kvconnect.engine.core import ENGINE_CAPABILITIES, EngineCore
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
@@ -23,18 +23,8 @@ from kvconnect.engine.runner import ModelRunner
 from kvconnect.engine.stopping import StopRule
 from kvconnect.errors import Closed, ConfigError
 from kvconnect.options import ByteSize, ConnectorConfig
-from kvconnect.protocol import EngineCapabilities
 
-__all__ = ["ENGINE_CAPABILITIES", "LLM"]
-
-ENGINE_CAPABILITIES = EngineCapabilities(
-    can_ask_again=True,
-    load_errors="block",
-    reports=True,
-    handshake=True,
-    steps_when_idle=True,
-    layer_hooks=True,
-)
+__all__ = ["LLM"]
 
 _DRAIN_S = 30.0
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
+from kvconnect.engine.core import ENGINE_CAPABILITIES
 from kvconnect.errors import ConfigError, PluginError
 from kvconnect.options import ConnectorSpec, parse_specs
 from kvconnect.protocol import Capabilities, Connector, EngineCapabilities, KVCacheLayout, Namespace
@@ -24,14 +25,7 @@ from kvconnect.store import BlockStore, StoreCapabilities, Tier
 
 __all__ = ["ENGINE", "Target"]
 
-ENGINE = EngineCapabilities(
-    can_ask_again=True,
-    load_errors="block",
-    reports=True,
-    handshake=True,
-    steps_when_idle=True,
-    layer_hooks=True,
-)
+ENGINE = ENGINE_CAPABILITIES
 """What the kit's engine can do, unless a test takes something away."""
 
 _ARENA = "4MiB"  # enough for the kits, and quick to take
