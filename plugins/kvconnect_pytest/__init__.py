@@ -131,6 +131,9 @@ class Results:
             entry["expected"] = getattr(error, "expected", "the test to end without an error")
             entry["got"] = getattr(error, "got", f"{type(error).__name__}: {error}")
             entry["hint"] = getattr(error, "hint", "")
+        elif outcome == "broken":  # a strict xfail that passed, or a skip that is forbidden
+            entry["expected"] = "the test to run" if reason else "the known bug to be there"
+            entry["got"] = reason or "none: take it out of expected_failures"
         elif reason:
             entry["why"] = reason
         self.promises.append(entry)

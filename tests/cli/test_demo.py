@@ -46,26 +46,31 @@ def test_default_demo_succeeds() -> None:
     assert result["prompts"] >= 5
 
 
-@pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_checkpoint_folder_and_prompt_file(checkpoints: Callable[[str], Path], tmp_path: Path, family: str) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("A paragraph\nof two lines, long enough for some blocks.\n\nAnother one, which is shorter.\n")
-    model = str(checkpoints(family))
-    status, result, said = demo("--model", model, "--prompts", str(prompts), "--block-size", "8", "--max-tokens", "4")
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    """A file of two short prompts."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("A paragraph\nof two lines, long enough for some blocks.\n\nAnother one, which is shorter.\n")
+    return str(file)
+
+
+def test_checkpoint_folder_and_prompt_file(checkpoints: Callable[[str], Path], prompts: str) -> None:
+    model = str(checkpoints("mistral"))
+    status, result, said = demo("--model", model, "--prompts", prompts, "--block-size", "8", "--max-tokens", "4")
     assert status == 0, said
     check(result)
     assert result["prompts"] == 2
 
 
-def test_cache_that_does_not_outlive_its_process_fails_the_demo() -> None:
-    status, result, _ = demo("--connector", "host://?capacity=64MiB", "--max-tokens", "2")
+def test_cache_that_does_not_outlive_its_process_fails_the_demo(prompts: str) -> None:
+    status, result, _ = demo("--connector", "host://?capacity=64MiB", "--max-tokens", "2", "--prompts", prompts)
     assert status == 1
     assert result["outputs_equal"] is True
     assert result["warm"]["loaded_tokens"] == 0
 
 
 def test_whole_connector_with_no_counters_of_ours_runs_in_the_demo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: str
 ) -> None:
     (tmp_path / "plain_connector.py").write_text(
         "from kvconnect import Capabilities, Connector, Options, hookimpl\n"
@@ -83,7 +88,7 @@ def test_whole_connector_with_no_counters_of_ours_runs_in_the_demo(
     )
     monkeypatch.setenv("KVCONNECT_PLUGINS", "plain_connector")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    status, result, said = demo("--connector", "plain://", "--max-tokens", "2")
+    status, result, said = demo("--connector", "plain://", "--max-tokens", "2", "--prompts", prompts)
     assert status == 1, said
     assert result["outputs_equal"] is True
     assert result["reference_equal"] is True

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kvconnect_pytest import line_of
 
 from kvconnect.cli.main import main
 from kvconnect.testing.target import Target
-from tests.kit.running import run_kit
+from tests.kit.running import run_kit, run_pytest
 
 
 def test_right_store_gives_status_0_and_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,37 +101,35 @@ class TestMine(StoreTests):
 """
 
 
+LONGER = "test_frame_longer_than_its_buffer_is_a_miss"
+
+
 @pytest.mark.parametrize(
-    ("store", "failures", "arguments", "status", "said"),
+    ("store", "failures", "arguments", "status", "outcomes"),
     [
-        ("FillsWhatFits", {"test_frame_longer_than_its_buffer_is_a_miss": "https://bugs/1"}, [], 0, "1 xfailed"),
-        ("FolderStore", {"test_frame_longer_than_its_buffer_is_a_miss": "https://bugs/1"}, [], 1, "XPASS"),
-        ("FolderStore", {"test_no_such": "https://bugs/1"}, [], 4, "there is no test 'test_no_such'"),
-        ("FolderStore", {"test_absent_key_is_a_miss": "some day"}, [], 4, "needs a link"),
-        ("FolderStore", {}, ["--kv-no-env-skips"], 1, "no such device"),
-        ("FolderStore", {}, [], 0, "passed"),
-        ("ShortensKeys", {}, [], 1, "broken promises"),
+        ("FillsWhatFits", {LONGER: "https://bugs/1"}, [], 0, {"kept": 2, "known bug": 1, "environment": 1}),
+        ("FolderStore", {LONGER: "https://bugs/1"}, [], 1, {"kept": 2, "broken": 1, "environment": 1}),
+        ("FolderStore", {"test_no_such": "https://bugs/1"}, [], 4, {}),
+        ("FolderStore", {LONGER: "some day"}, [], 4, {}),
+        ("FolderStore", {}, ["--kv-no-env-skips"], 1, {"kept": 3, "broken": 1}),
+        ("FolderStore", {}, [], 0, {"kept": 3, "environment": 1}),
+        ("ShortensKeys", {}, [], 1, {"kept": 2, "broken": 1, "environment": 1}),
     ],
 )
 def test_kit_of_ones_own(
-    tmp_path: Path, store: str, failures: dict[str, str], arguments: list[str], status: int, said: str
+    tmp_path: Path,
+    store: str,
+    failures: dict[str, str],
+    arguments: list[str],
+    status: int,
+    outcomes: dict[str, int],
 ) -> None:
-    (tmp_path / "test_mine.py").write_text(KIT.format(store=store, failures=failures))
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-p", "no:cacheprovider"),
-            *(f"--rootdir={tmp_path}", f"-c={tmp_path}/pytest.ini"),
-            *("-k", "absent or longer or machine or mixed", str(tmp_path), *arguments),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    assert said in done.stdout + done.stderr
+    module = tmp_path / f"test_{tmp_path.name}.py"  # this process imports each of them
+    module.write_text(KIT.format(store=store, failures=failures))
+    ended, promises = run_pytest(tmp_path, "-k", "absent or longer or machine or mixed", str(module), *arguments)
+    assert ended == status
+    assert Counter(each["outcome"] for each in promises) == outcomes
+    assert all(line_of(each).startswith("BROKEN") for each in promises if each["outcome"] == "broken")
 
 
 @pytest.mark.parametrize(
