@@ -11,7 +11,19 @@ from collections.abc import Sequence
 from kvconnect.errors import UnsupportedError
 from kvconnect.protocol import BlockChain, BlockHash, RequestView, ScheduledRequest
 
-__all__ = ["RequestChains"]
+__all__ = ["RequestChains", "new_chain"]
+
+
+def new_chain(request: RequestView, block_size: int, *, secret: bytes = b"", epoch: bytes = b"") -> BlockChain:
+    """Return an empty chain whose root holds whatever tells the request's blocks from others of the same tokens."""
+    return BlockChain(
+        block_size,
+        salt=request.cache_salt,
+        adapter=request.adapter,
+        media=request.media,
+        secret=secret,
+        epoch=epoch,
+    )
 
 
 class RequestChains:
@@ -32,13 +44,7 @@ class RequestChains:
         self.drop(request.request_id)
         if not self.block_size or request.uncacheable or request.cache == "none":
             return
-        chain = BlockChain(
-            self.block_size,
-            salt=request.cache_salt,
-            adapter=request.adapter,
-            media=request.media,
-            epoch=self._epoch,
-        )
+        chain = new_chain(request, self.block_size, epoch=self._epoch)
         self._chains[request.request_id] = (request.cache, chain)
         self._extend(request.request_id, request.tokens)
 

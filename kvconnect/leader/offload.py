@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from kvconnect.errors import MetadataError, UnsupportedError
 from kvconnect.leader.base import Leader
+from kvconnect.leader.chains import new_chain
 from kvconnect.leader.cost import LoadCost
 from kvconnect.leader.draft import PlanDraft
 from kvconnect.leader.index import BlockIndex, State
@@ -321,14 +322,7 @@ class OffloadLeader(Leader):
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _new_chain(self, request: RequestView) -> BlockChain:
-        chain = BlockChain(
-            self._block_size,
-            salt=request.cache_salt,
-            adapter=request.adapter,
-            media=request.media,
-            secret=self._secret,
-            epoch=self._epoch,
-        )
+        chain = new_chain(request, self._block_size, secret=self._secret, epoch=self._epoch)
         started = time.perf_counter()
         chain.extend(request.tokens)
         self._counts["hash_us"] += round((time.perf_counter() - started) * 1e6)

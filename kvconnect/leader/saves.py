@@ -87,11 +87,9 @@ class SavePlanner:
                 del self._ended[request_id]
                 continue
             state, tables, ended.tables = ended.state, ended.tables, []
-            in_time = draft.opened.step == ended.step
-            # a load that failed in the last step it had a part in: what that step computed is garbage
-            good = state.void_until < state.last_step and state.chain is not None and state.next_save is not None
-            if tables and in_time and good:
-                assert state.next_save is not None, "it is good"
+            if not tables or draft.opened.step != ended.step or state.chain is None or state.next_save is None:
+                continue
+            if state.void_until < state.last_step:  # else its last step stands on one that failed: it computed garbage
                 self._save(draft, state, tables, state.next_save)
         draft.opened.ended = tuple(self._ended)
 

@@ -36,7 +36,6 @@ def main(task: dict[str, Any]) -> int:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit is an error, as on a full disk
             largest = max(path.stat().st_size for path in target.folder.rglob("*") if path.is_file())
             resource.setrlimit(resource.RLIMIT_FSIZE, (min(largest, 64), resource.RLIM_INFINITY))
-            engine.expects_failures = False
         print("begin", flush=True)
         for number in range(task["prompts"]):
             tokens = child_prompt(task["seed"], number)

@@ -20,6 +20,7 @@ __all__ = ["ConnectorTests"]
 
 _BLOCKS = 5
 _PROMPT = _BLOCKS * BLOCK + 2
+_PARKING = msgspec.structs.replace(ENGINE, async_load=True)
 
 
 class ConnectorTests(Kit):
@@ -430,10 +431,9 @@ class ConnectorTests(Kit):
         """A parked request is named by `get_finished` once a rank, and its pages are right by then."""
         needs(target.capabilities.async_load, "async_load")
         tokens = self.tokens(rng, _PROMPT)
-        asynchronous = msgspec.structs.replace(ENGINE, async_load=True)
-        with StepEngine(target, engine=asynchronous) as engine:
+        with StepEngine(target, engine=_PARKING) as engine:
             engine.save(tokens)
-        with StepEngine(target, engine=asynchronous) as engine:
+        with StepEngine(target, engine=_PARKING) as engine:
             engine.save(self.tokens(rng, _PROMPT))
             if target.capabilities.durable:
                 must_equal("tokens loaded, all right", engine.load(tokens), _BLOCKS * BLOCK)
@@ -444,10 +444,9 @@ class ConnectorTests(Kit):
         """A request that ends while it is parked keeps its pages until `get_finished` names it; then all is still."""
         needs(target.capabilities.async_load, "async_load")
         tokens = self.tokens(rng, _PROMPT)
-        asynchronous = msgspec.structs.replace(ENGINE, async_load=True)
-        with StepEngine(target, engine=asynchronous) as engine:
+        with StepEngine(target, engine=_PARKING) as engine:
             engine.save(tokens)
-        with StepEngine(target, engine=asynchronous) as engine:
+        with StepEngine(target, engine=_PARKING) as engine:
             request = engine.arrive(tokens)
             match = engine.offer(request)
             engine.allocate(request, match.num_tokens or 0)
@@ -462,7 +461,7 @@ class ConnectorTests(Kit):
         """Without `async_load`, an engine that could park is offered synchronous loads only."""
         needs(not target.capabilities.async_load, "(async_load is declared)")
         tokens = self.tokens(rng, _PROMPT)
-        with StepEngine(target, engine=msgspec.structs.replace(ENGINE, async_load=True)) as engine:
+        with StepEngine(target, engine=_PARKING) as engine:
             engine.save(tokens)
             must_equal("load_async of the offer", engine.offer(engine.arrive(tokens)).load_async, False)
 

@@ -45,9 +45,6 @@ class _Installed:
     @pytest.fixture
     def connector(self, request: pytest.FixtureRequest) -> Any:
         """The target and the options of the command line."""
-        chosen = request.config.option.kv_kit
-        if chosen not in ("all", request.cls.kv_group):
-            pytest.skip("another kit was asked for")
         return (request.param, json.loads(request.config.option.kv_options))
 
 

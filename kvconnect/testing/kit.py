@@ -63,6 +63,11 @@ class Kit:
         """The connector under test, over a medium of this test's own."""
         return Target(connector, tmp_path)
 
+    @pytest.fixture
+    def failures(self) -> list[str]:
+        """What hooks raised or answered against their contract."""
+        return []
+
     @pytest.fixture(autouse=True)
     def deadline(self) -> Iterator[None]:
         """Promise 2: whatever is asked, an answer comes."""

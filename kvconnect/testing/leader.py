@@ -18,7 +18,6 @@ from kvconnect.protocol import (
     LeaderContext,
     LeaderHooks,
     Match,
-    Namespace,
     RequestView,
     ScheduledRequest,
     SchedulerOutput,
@@ -45,16 +44,11 @@ class LeaderTests(Kit):
     """The promises of `LeaderHooks` that hold before the handshake, and of the class itself."""
 
     @pytest.fixture
-    def failures(self) -> list[str]:
-        """What hooks raised or answered against their contract."""
-        return []
-
-    @pytest.fixture
     def leader(self, target: Target, failures: list[str]) -> Iterator[LeaderDriver]:
         """A leader that has not shaken hands."""
         driver = open_leader(
             target.resolved,
-            namespace=Namespace(model=target.model, kv_dtype="float32"),
+            namespace=target.namespace(),
             engine=ENGINE,
             block_size=4,
             registry=target.registry,
@@ -65,9 +59,7 @@ class LeaderTests(Kit):
 
     def test_leader_implements_the_hooks(self, target: Target) -> None:
         """Every hook is there, with the contract's arguments, without defaults, and no other public method."""
-        context = LeaderContext(
-            namespace=Namespace(model=target.model, kv_dtype="float32"), engine=ENGINE, tiers=target.resolved.tiers
-        )
+        context = LeaderContext(namespace=target.namespace(), engine=ENGINE, tiers=target.resolved.tiers)
         leader = target.resolved.connector.make_leader(target.resolved.options, context)
         try:
             bound = bind_hooks(LeaderHooks, leader)  # raises PluginError, which names the method

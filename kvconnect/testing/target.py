@@ -96,6 +96,10 @@ class Target:
             raise PluginError(f"{self.name!r} is not one store")
         return self.store.store_class.capabilities
 
+    def namespace(self, kv_dtype: str = "float32") -> Namespace:
+        """Return what the keys of its blocks start with."""
+        return Namespace(model=self.model, kv_dtype=kv_dtype)
+
     def with_arena(self, capacity: int | str) -> Target:
         """Return the same target over a smaller or larger arena; itself if it brings its own halves."""
         if self.resolved.connector.__class__ is not self.registry.load(OFFLOAD_CONNECTOR):

@@ -14,7 +14,7 @@ import torch
 from kvconnect.driver import WorkerDriver, open_worker
 from kvconnect.errors import KVConnectError
 from kvconnect.hooks import bind_hooks, hook_names
-from kvconnect.protocol import KVCacheLayout, LayerGroup, Namespace, Region, WorkerContext, WorkerHooks
+from kvconnect.protocol import KVCacheLayout, LayerGroup, Region, WorkerContext, WorkerHooks
 from kvconnect.testing.kit import Kit
 from kvconnect.testing.promise import must, must_equal, needs
 from kvconnect.testing.target import ENGINE, Target
@@ -58,16 +58,11 @@ class WorkerTests(Kit):
     """The promises of `WorkerHooks` that hold without a leader's plan."""
 
     @pytest.fixture
-    def failures(self) -> list[str]:
-        """What hooks raised or answered against their contract."""
-        return []
-
-    @pytest.fixture
     def worker(self, target: Target, failures: list[str]) -> Iterator[WorkerDriver]:
         """A worker that has no cache yet."""
         driver = open_worker(
             target.with_arena("4MiB").resolved,
-            namespace=Namespace(model=target.model, kv_dtype="float32"),
+            namespace=target.namespace(),
             engine=ENGINE,
             registry=target.registry,
         )
@@ -77,9 +72,7 @@ class WorkerTests(Kit):
 
     def test_worker_implements_the_hooks(self, target: Target) -> None:
         """Every hook is there, with the contract's arguments, without defaults, and no other public method."""
-        context = WorkerContext(
-            namespace=Namespace(model=target.model, kv_dtype="float32"), engine=ENGINE, tiers=target.resolved.tiers
-        )
+        context = WorkerContext(namespace=target.namespace(), engine=ENGINE, tiers=target.resolved.tiers)
         worker = target.resolved.connector.make_worker(target.resolved.options, context)
         try:
             bound = bind_hooks(WorkerHooks, worker)

@@ -45,12 +45,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("seed", range(first, first + seeds), ids=lambda seed: f"seed{seed}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Turn `expected_failures` into strict xfails.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the kits that were not asked for, and turn `expected_failures` into strict xfails.
 
     Raises:
         pytest.UsageError: If one names no test, or has no link.
     """
+    chosen = config.option.kv_kit
+    if chosen != "all":
+        others = [item for item in items if getattr(getattr(item, "cls", None), "kv_group", chosen) != chosen]
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=others)
     known: dict[Any, set[str]] = {}
     for item in items:
         kind = getattr(item, "cls", None)
