@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 
-from kvconnect.errors import KVConnectError, MetadataError, PluginError, UnsupportedError
+from kvconnect.errors import KVConnectError, MetadataError, PluginError
 from kvconnect.hooks import bind_hooks
 from kvconnect.log import FailureLog
 from kvconnect.protocol import (
+    CacheEvent,
     EngineCapabilities,
     Finished,
     KVCacheLayout,
@@ -91,13 +92,21 @@ class LeaderDriver(_Driver):
     """The scheduler's side. One thread calls it."""
 
     def __init__(
-        self, leader: LeaderHooks, *, block_size: int, async_load: bool = False, wrappers: Sequence[object] = ()
+        self,
+        leader: LeaderHooks,
+        *,
+        block_size: int,
+        sync_load: bool = True,
+        async_load: bool = False,
+        wrappers: Sequence[object] = (),
     ) -> None:
         """Bind the leader's hooks.
 
         Args:
             leader: The implementation.
             block_size: Tokens a block, against which answers are checked.
+            sync_load: Whether the engine can take back a load that failed within a step; if not, such an offer breaks
+                the rules.
             async_load: Whether the engine can park a request; if not, an offer of that kind breaks the rules.
             wrappers: Observers.
 
@@ -106,6 +115,7 @@ class LeaderDriver(_Driver):
         """
         super().__init__("leader", bind_hooks(LeaderHooks, leader, wrappers))
         self._block_size = block_size
+        self._sync_load = sync_load
         self._async_load = async_load
 
     def set_handshake_metadata(self, per_rank: Sequence[bytes]) -> None:
@@ -135,6 +145,8 @@ class LeaderDriver(_Driver):
             return f"offered {count!r} tokens, not whole blocks of {self._block_size}"
         if load_async and not self._async_load:
             return "offered an asynchronous load to an engine that cannot park requests"
+        if not load_async and not self._sync_load:
+            return "offered a load within the step to an engine that could not take it back"
         if num_computed_tokens + count >= len(request.tokens):
             return f"offered {count} tokens on top of {num_computed_tokens}, of {len(request.tokens)}: none is left"
         return ""
@@ -178,7 +190,7 @@ class LeaderDriver(_Driver):
         """Ask whether to keep stepping without tokens."""
         return self._call("has_pending_work", False) is True
 
-    def take_events(self) -> Sequence[Any]:
+    def take_events(self) -> Sequence[CacheEvent]:
         """Take what was stored and removed."""
         events = self._call("take_events", ())
         return events if isinstance(events, Sequence) else ()
@@ -341,6 +353,7 @@ def open_leader(
     engine: EngineCapabilities,
     block_size: int,
     num_ranks: int = 1,
+    num_groups: int = 1,
     registry: Registry | None = None,
 ) -> LeaderDriver:
     """Make and bind the leader.
@@ -349,12 +362,19 @@ def open_leader(
         UnsupportedError: If connector and engine do not fit; the message says why.
         KVConnectError: If the connector cannot work as configured.
     """
-    check_fit(resolved.name, resolved.connector.capabilities, engine, num_ranks=num_ranks)
+    capabilities = resolved.connector.capabilities
+    check_fit(resolved.name, capabilities, engine, num_ranks=num_ranks, num_groups=num_groups)
     namespace.digest(block_size)  # a model without identity is refused here, not at the first block
     context = LeaderContext(namespace=namespace, engine=engine, num_ranks=num_ranks, tiers=resolved.tiers)
     wrappers = (registry or load_registry()).load_wrappers("leader")
     leader = _make("leader", resolved, context)
-    return LeaderDriver(leader, block_size=block_size, async_load=engine.async_load, wrappers=wrappers)
+    return LeaderDriver(
+        leader,
+        block_size=block_size,
+        sync_load=engine.sync_load,
+        async_load=engine.async_load,
+        wrappers=wrappers,
+    )
 
 
 def open_worker(
@@ -417,16 +437,13 @@ def open_connector(
     registry = registry or load_registry()
     resolved = connector if isinstance(connector, ResolvedConnector) else registry.resolve(connector)
     count = len(layouts)
-    if len(layouts[0].groups) > 1 and not resolved.connector.capabilities.several_groups:
-        raise UnsupportedError(
-            f"connector {resolved.name!r} serves one layer group, and this cache has {len(layouts[0].groups)}"
-        )
     leader = open_leader(
         resolved,
         namespace=namespace,
         engine=engine,
         block_size=layouts[0].groups[0].block_size,
         num_ranks=count,
+        num_groups=len(layouts[0].groups),
         registry=registry,
     )
     workers: list[WorkerDriver] = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvconnect.errors import UnsupportedError
-from kvconnect.protocol import Match, RequestView, SchedulerOutput
+from kvconnect.protocol import CacheEvent, Match, RequestView, SchedulerOutput
 from kvconnect.protocol.messages import Plan
 
 __all__ = ["Leader"]
@@ -75,7 +75,7 @@ class Leader:
         """Have none."""
         return False
 
-    def take_events(self) -> Sequence[Any]:
+    def take_events(self) -> Sequence[CacheEvent]:
         """Have none."""
         return ()
 

@@ -11,9 +11,10 @@ store call may still touch is quarantined: it is nobody's until that call return
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from enum import IntEnum
+from typing import Protocol
 
 from kvconnect.protocol.keys import BlockHash
 
@@ -41,9 +42,10 @@ class Entry:
         waiting: Ranks that have not yet told how its promotion went.
         failed: Whether one of them said that it failed.
         source: Tier that it is promoted from, -1 for none.
+        content: Its parent's hash and its tokens, for events; None if nobody listens.
     """
 
-    __slots__ = ("block_hash", "claims", "failed", "group", "slot", "source", "state", "waiting")
+    __slots__ = ("block_hash", "claims", "content", "failed", "group", "slot", "source", "state", "waiting")
 
     def __init__(self, block_hash: BlockHash, group: int, slot: int, state: State) -> None:
         """Make the entry of a slot that was just taken."""
@@ -55,14 +57,28 @@ class Entry:
         self.waiting: set[int] = set()
         self.failed = False
         self.source = -1
+        self.content: tuple[BlockHash | None, tuple[int, ...]] | None = None
+
+
+class Watcher(Protocol):
+    """Who is told when a block becomes loadable from the arena, and when it is no longer."""
+
+    def stored(self, entry: Entry) -> None:
+        """It is READY."""
+
+    def removed(self, entry: Entry) -> None:
+        """It was READY."""
 
 
 class BlockIndex:
     """Blocks by (layer group, hash) and by slot."""
 
-    def __init__(self, num_groups: int, num_slots: int) -> None:
+    def __init__(self, num_groups: int, num_slots: int, watcher: Watcher | None = None) -> None:
         """Start with every slot free."""
         self.num_slots = num_slots
+        self._watcher = watcher
+        self._num_in: Counter[State] = Counter()
+        self._num_claimed = 0
         self.num_evicted = 0
         self._groups: list[dict[BlockHash, Entry]] = [{} for _ in range(num_groups)]
         self._ready: list[set[BlockHash]] = [set() for _ in range(num_groups)]
@@ -112,14 +128,17 @@ class BlockIndex:
         entry = Entry(block_hash, group, self._free.pop(), state)
         self._groups[group][block_hash] = entry
         self._by_slot[entry.slot] = entry
+        self._num_in[state] += 1
         return entry
 
     def commit(self, entry: Entry) -> None:
         """Make the block matchable: its bytes are in the slot on every rank."""
-        entry.state = State.READY
+        self._move(entry, State.READY)
         self._ready[entry.group].add(entry.block_hash)
         if not entry.claims:
             self._evictable[entry.slot] = entry
+        if self._watcher is not None:
+            self._watcher.stored(entry)
 
     def void(self, entry: Entry) -> None:
         """Forget the block; its slot is free once nothing claims it."""
@@ -128,7 +147,7 @@ class BlockIndex:
         if self._groups[entry.group].get(entry.block_hash) is entry:
             del self._groups[entry.group][entry.block_hash]
             self._ready[entry.group].discard(entry.block_hash)
-        entry.state = State.GONE
+        self._move(entry, State.GONE)
         self._evictable.pop(entry.slot, None)
         if not entry.claims:
             self._free_slot(entry)
@@ -136,12 +155,14 @@ class BlockIndex:
     def claim(self, entry: Entry) -> None:
         """Keep the block's slot as it is until the matching `release`."""
         entry.claims += 1
+        self._num_claimed += entry.claims == 1
         self._evictable.pop(entry.slot, None)
 
     def release(self, entry: Entry) -> None:
         """Undo one `claim`; a READY block becomes the most recently used."""
         entry.claims -= 1
         if entry.claims == 0:
+            self._num_claimed -= 1
             if entry.state is State.READY:
                 self._evictable[entry.slot] = entry
             elif entry.state is State.GONE:
@@ -174,14 +195,13 @@ class BlockIndex:
 
     def counts(self) -> dict[str, int]:
         """Return how many slots are in which state."""
-        states = [entry.state for entry in self._by_slot.values()]
         return {
             "slots": self.num_slots,
             "free": len(self._free),
-            "ready": states.count(State.READY),
-            "reserved": states.count(State.RESERVED),
-            "promoting": states.count(State.PROMOTING),
-            "claimed": sum(entry.claims > 0 for entry in self._by_slot.values()),
+            "ready": self._num_in[State.READY],
+            "reserved": self._num_in[State.RESERVED],
+            "promoting": self._num_in[State.PROMOTING],
+            "claimed": self._num_claimed,
             "quarantined": len(self._quarantined),
         }
 
@@ -207,16 +227,29 @@ class BlockIndex:
             evictable = ready and entry.claims == 0
             assert (self._evictable.get(slot) is entry) == evictable, "a block is wrongly evictable or wrongly not"
         assert set(self._evictable) <= held, "an evictable slot holds nothing"
+        states = Counter(entry.state for entry in self._by_slot.values())
+        assert all(states[state] == self._num_in[state] for state in State), "states are counted wrongly"
+        claimed = sum(entry.claims > 0 for entry in self._by_slot.values())
+        assert claimed == self._num_claimed, "claimed blocks are counted wrongly"
         for ready_hashes, group in zip(self._ready, self._groups, strict=True):
             assert ready_hashes <= set(group), "a block is ready that is not known"
 
     def _forget(self, entry: Entry) -> None:
         del self._groups[entry.group][entry.block_hash]
         self._ready[entry.group].discard(entry.block_hash)
-        entry.state = State.GONE
+        self._move(entry, State.GONE)
         self._free_slot(entry)
 
+    def _move(self, entry: Entry, state: State) -> None:
+        """Change the entry's state, and say so if it was READY."""
+        if entry.state is State.READY and self._watcher is not None:
+            self._watcher.removed(entry)
+        self._num_in[entry.state] -= 1
+        self._num_in[state] += 1
+        entry.state = state
+
     def _free_slot(self, entry: Entry) -> None:
+        self._num_in[entry.state] -= 1
         del self._by_slot[entry.slot]
         if entry.slot not in self._quarantined:
             self._free.append(entry.slot)

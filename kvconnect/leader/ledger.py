@@ -2,7 +2,7 @@
 
 A save is committed only when every rank has reported its step, and no rank said that the step failed, or named a load
 error for the request, in that step or in one before it that was still open when the save was planned: those saves were
-computed on garbage.
+computed on garbage. So were those of other requests that have the block: engines share pages before their load ended.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from kvconnect.leader.index import Entry
 from kvconnect.leader.request import PlannedLoad, PlannedSave, RequestState
+from kvconnect.protocol.keys import BlockHash
 from kvconnect.protocol.messages import Move, Report, pack_ints, unpack_ints
 
 __all__ = ["OpenStep", "StepLedger", "StepOutcome"]
@@ -27,7 +28,7 @@ class OpenStep:
         promotes: Its promotions.
         demotes: Its demotions.
         ended: Requests that have ended and whose last saves it has.
-        computed: Requests that it computes for.
+        computed: Requests that it computes for, and the first block of each that it computes.
         unbound: Whether a rank never got its plan.
     """
 
@@ -54,16 +55,30 @@ class OpenStep:
         self.promotes: list[Move] = []
         self.demotes: list[Move] = []
         self.ended: tuple[str, ...] = ()
-        self.computed: list[RequestState] = []
+        self.computed: dict[RequestState, int] = {}
         self.unbound = False
         self.waiting = set(ranks)
-        self.failed: set[str] = set()
+        self.failed: dict[str, int] = {}  # requests of which a load failed in this step -> the first block that did
         self.failed_slots: set[int] = set()
         self.void = False
 
-    def fail(self, request_ids: Iterable[str]) -> None:
-        """Note requests of which a load failed in this step."""
-        self.failed.update(request_ids)
+    def fail(self, request_id: str, ordinals: Iterable[int]) -> None:
+        """Note a request of which these blocks could not be loaded in this step."""
+        first = min(ordinals, default=0)
+        self.failed[request_id] = min(first, self.failed.get(request_id, first))
+
+    def bad_blocks(self) -> list[tuple[int, BlockHash]]:
+        """Return (ordinal, hash) of blocks that are garbage if the step is what it is, and all that stands on them."""
+        bad = [
+            (load.ordinal, load.block_hash)
+            for request, loads in self.loads
+            for load in loads
+            if self.void or self.failed.get(request.request_id) == load.ordinal
+        ]
+        if self.void:
+            for request, first in self.computed.items():
+                bad += [(first, block_hash) for block_hash in request.hashes[first : first + 1]]
+        return bad
 
 
 class StepOutcome:
@@ -171,7 +186,8 @@ class StepLedger:
         if report.error:
             opened.void = True
         else:
-            opened.fail(error.request_id for error in report.load_errors)
+            for error in report.load_errors:
+                opened.fail(error.request_id, unpack_ints(error.ordinals))
             opened.failed_slots.update(unpack_ints(report.failed_saves))
         if opened.waiting:
             return None
@@ -186,16 +202,21 @@ class StepLedger:
                 outcome.lost.append((request, loads))
             if opened.void or request.request_id in opened.failed:
                 request.void_until = self._last_step  # later steps that are planned already stand on this one
-        if opened.void:  # whatever it computed, later steps that are planned already stand on it
+        if opened.void:
             for request in opened.computed:
                 request.void_until = self._last_step
+        bad = opened.bad_blocks()
+        if bad:  # pages may be shared with requests of this step, and of later ones that are planned already
+            for request in {r for each in (opened, *self._open.values()) for r in each.computed}:
+                if any(request.hashes[ordinal : ordinal + 1] == [block_hash] for ordinal, block_hash in bad):
+                    request.void_until = self._last_step
         for request, saves in opened.saves:
             void = opened.void or opened.step <= request.void_until or request.request_id in opened.failed
             if void and saves:
                 request.save_again(min(ordinal for _, ordinal in saves))
             for entry, _ in saves:
-                bad = void or entry.slot in opened.failed_slots
-                (outcome.voided if bad else outcome.committed).append(entry)
+                lost = void or entry.slot in opened.failed_slots
+                (outcome.voided if lost else outcome.committed).append(entry)
         if not opened.unbound:
             outcome.ended = opened.ended
         return outcome

@@ -19,6 +19,7 @@ from kvconnect.leader.base import Leader
 from kvconnect.leader.chains import new_chain
 from kvconnect.leader.cost import LoadCost
 from kvconnect.leader.draft import PlanDraft
+from kvconnect.leader.events import EventLog
 from kvconnect.leader.index import BlockIndex, State
 from kvconnect.leader.ledger import StepLedger
 from kvconnect.leader.lookup import Presence, StoreLookup
@@ -29,6 +30,7 @@ from kvconnect.leader.request import PlannedLoad, RequestState
 from kvconnect.leader.saves import SavePlanner
 from kvconnect.protocol import (
     BlockChain,
+    CacheEvent,
     Handshake,
     LeaderContext,
     Match,
@@ -103,11 +105,15 @@ class OffloadLeader(Leader):
         self._groups = groups
         self._shards = [sorted({rank.groups[g].shard for rank in ranks}) for g in range(len(groups))]
         self._block_size = groups[0].block_size if groups else 0
-        self._index = BlockIndex(len(groups), num_slots)
-        self._traffic = TierTraffic(self._index, self._presence, self._context.tiers, self._context.num_ranks)
+        tiers = self._context.tiers
+        self._events = EventLog(
+            self._block_size, [tier.name for tier in tiers], enabled=self._context.engine.takes_events
+        )
+        self._index = BlockIndex(len(groups), num_slots, self._events if self._events.enabled else None)
+        self._traffic = TierTraffic(self._index, self._presence, tiers, self._context.num_ranks, self._events)
         windows = [group.window or None for group in groups]
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
-        self._saves = SavePlanner(self._index, self._block_size, self._counts)
+        self._saves = SavePlanner(self._index, self._block_size, self._counts, self._events)
         call_blocks = blocks_a_call(max((group.payload_bytes for group in groups), default=1))
         self._cost = LoadCost(self._context.tiers, call_blocks, self._context.engine.max_batch_tokens)
 
@@ -142,7 +148,7 @@ class OffloadLeader(Leader):
             except UnsupportedError as error:
                 self._counts["requests_not_cached"] += 1
                 logger.debug("request %s is not cached: %s", request.request_id, error)
-        self._requests[request.request_id] = RequestState(request, chain)
+        self._requests[request.request_id] = RequestState(request, chain, keep_tokens=self._events.enabled)
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> Match:
         """Offer what lies in the arena; ask for time while a store is looked up or a block comes up."""
@@ -163,7 +169,7 @@ class OffloadLeader(Leader):
                 self._counts["asked_again"] += 1
                 return Match(None, False)
             end = found
-        state.parked = end > ready
+        state.parked = end > ready or (end > first and not self._context.engine.sync_load)
         return Match((end - first) * self._block_size, state.parked)
 
     def update_state_after_alloc(
@@ -277,6 +283,10 @@ class OffloadLeader(Leader):
 
     # -- whole cache ---------------------------------------------------------------------------------------------
 
+    def take_events(self) -> Sequence[CacheEvent]:
+        """Give out what was stored and removed, in the arena and in the stores."""
+        return self._events.take()
+
     def get_stats(self) -> dict[str, Any]:
         """Return counters, and how the slots stand."""
         traffic = self._traffic
@@ -309,6 +319,7 @@ class OffloadLeader(Leader):
         self._traffic.fail_promotions()
         self._index.clear()
         self._presence.clear()
+        self._events.cleared()
         return True
 
     def shutdown(self) -> None:
@@ -336,7 +347,7 @@ class OffloadLeader(Leader):
             for group, table in enumerate(block_ids)
             if table[ordinal] >= 0
         ]
-        patience_s = max(tier.use.timeout_s for tier in self._context.tiers) * 2
+        patience_s = max((tier.use.timeout_s for tier in self._context.tiers), default=0.0) * 2
         self._parked[state.request_id] = ParkedLoad(state, blocks, patience_s)
         self._counts["parked_loads"] += 1
 

@@ -6,6 +6,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
+from kvconnect.leader.events import EventLog
 from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.lookup import Presence
 from kvconnect.leader.request import RequestState
@@ -19,8 +20,11 @@ __all__ = ["TierTraffic"]
 class TierTraffic:
     """Promotions and demotions that are wanted or on their way."""
 
-    def __init__(self, index: BlockIndex, presence: Presence, tiers: Sequence[Tier], num_ranks: int) -> None:
+    def __init__(
+        self, index: BlockIndex, presence: Presence, tiers: Sequence[Tier], num_ranks: int, events: EventLog
+    ) -> None:
         """Start with none."""
+        self._events = events
         self._index = index
         self._presence = presence
         self._readable = [number for number, tier in enumerate(tiers) if "r" in tier.use.mode]
@@ -104,6 +108,7 @@ class TierTraffic:
                     break
                 entry.waiting = set(range(self._num_ranks))
                 entry.source = tier
+                self._events.remember(entry, request, ordinal)
                 request.promoting.add(entry)
                 self._promoting[entry.slot] = (entry, request)
                 moves.append(Move(block_hash, group, entry.slot, tier))
@@ -180,6 +185,7 @@ class TierTraffic:
         if entry.failed:
             self.not_promoted += 1
             self._presence.discard(entry.source, entry.group, entry.block_hash)
+            self._events.removed(entry, entry.source + 1)
             self._index.void(entry)
         elif entry.state is State.PROMOTING:
             self.promoted += 1
@@ -205,4 +211,5 @@ class TierTraffic:
         else:
             self.demoted += 1
             self._presence.add(tier, entry.group, entry.block_hash)
+            self._events.stored(entry, tier + 1)
         self._index.release(entry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Sequence
 
 from kvconnect.errors import UnsupportedError
@@ -39,6 +40,7 @@ class RequestState:
     Attributes:
         request_id: Its id.
         chain: Hashes of its blocks; None if it must not be cached.
+        tokens: Those that the chain was given, if events tell of them; else empty.
         reads: Whether it may load.
         writes: Whether it may save.
         first: Block from which the last offer counted.
@@ -59,6 +61,7 @@ class RequestState:
     """
 
     __slots__ = (
+        "_keeps_tokens",
         "chain",
         "first",
         "give_up_at",
@@ -74,16 +77,25 @@ class RequestState:
         "promoting",
         "reads",
         "request_id",
+        "tokens",
         "tried",
         "void_until",
         "wanted",
         "writes",
     )
 
-    def __init__(self, request: RequestView, chain: BlockChain | None) -> None:
-        """Start with nothing asked and nothing held."""
+    def __init__(self, request: RequestView, chain: BlockChain | None, *, keep_tokens: bool = False) -> None:
+        """Start with nothing asked and nothing held.
+
+        Args:
+            request: The request, whose tokens the chain has.
+            chain: Its hashes, None if it must not be cached.
+            keep_tokens: Whether to keep its tokens, for events.
+        """
         self.request_id = request.request_id
         self.chain = chain
+        self._keeps_tokens = keep_tokens and chain is not None
+        self.tokens = array("I", request.tokens if self._keeps_tokens else ())
         self.reads = chain is not None and request.cache in ("both", "read")
         self.writes = chain is not None and request.cache in ("both", "write")
         self.first = 0
@@ -112,7 +124,14 @@ class RequestState:
             logger.debug("request %s is not cached any more: %s", self.request_id, error)
             self.stop_caching()
             return False
+        if self._keeps_tokens:
+            self.tokens.extend(tokens)
         return True
+
+    @property
+    def hashes(self) -> list[BlockHash]:
+        """Of its full blocks, as far as its tokens are known; none if it must not be cached."""
+        return [] if self.chain is None else self.chain.hashes
 
     def save_again(self, ordinal: int) -> None:
         """Consider blocks from `ordinal` on once more: what was saved of them is void. Not for ever."""

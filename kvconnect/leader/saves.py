@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from kvconnect.leader.draft import PlanDraft
+from kvconnect.leader.events import EventLog
 from kvconnect.leader.index import BlockIndex, State
 from kvconnect.leader.request import RequestState
 from kvconnect.protocol import RequestView, ScheduledRequest
@@ -33,9 +34,10 @@ class _Ended:
 class SavePlanner:
     """Reserves slots for blocks that steps fill."""
 
-    def __init__(self, index: BlockIndex, block_size: int, counts: Counter[str]) -> None:
+    def __init__(self, index: BlockIndex, block_size: int, counts: Counter[str], events: EventLog) -> None:
         """Plan into the slots of `index`; `counts` gets ``save_blocks`` and ``saves_without_slot``."""
         self._index = index
+        self._events = events
         self._block_size = block_size
         self._counts = counts
         self._ended: dict[str, _Ended] = {}
@@ -47,10 +49,9 @@ class SavePlanner:
 
     def plan(self, draft: PlanDraft, state: RequestState, scheduled: ScheduledRequest) -> None:
         """Save what the step fills, and what it finds full and unsaved."""
-        draft.opened.computed.append(state)
+        start = draft.opened.computed[state] = scheduled.num_computed_tokens // self._block_size
         if not state.writes or state.chain is None:
             return
-        start = scheduled.num_computed_tokens // self._block_size
         state.planned_tokens = scheduled.num_computed_tokens + scheduled.num_scheduled_tokens
         state.last_step = draft.opened.step
         # what lies on the device already was saved by whoever computed it; what a reset took back is computed anew
@@ -120,6 +121,7 @@ class SavePlanner:
                 if entry is None:
                     self._counts["saves_without_slot"] += 1
                     continue
+                self._events.remember(entry, state, ordinal)
                 planned.append((entry, ordinal))
                 draft.save(state, entry, table[ordinal], ordinal)
         self._counts["save_blocks"] += len(planned)

@@ -2,8 +2,15 @@
 
 from kvconnect.protocol.capabilities import Capabilities, EngineCapabilities, check_fit
 from kvconnect.protocol.connector import Connector, LeaderContext, WorkerContext
+from kvconnect.protocol.events import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
 from kvconnect.protocol.hookspecs import LeaderHooks, RegistrationHooks, WorkerHooks, hookimpl, hookspec
-from kvconnect.protocol.identity import check_prefix_law, checkpoint_digest, model_identity, rope_settings
+from kvconnect.protocol.identity import (
+    adapter_digest,
+    check_prefix_law,
+    checkpoint_digest,
+    model_identity,
+    rope_settings,
+)
 from kvconnect.protocol.keys import BlockChain, BlockHash, BlockKey, MediaSpan, Namespace, block_key, split_key
 from kvconnect.protocol.layout import KVCacheLayout, LayerGroup, Region, first_needed_block, longest_match
 from kvconnect.protocol.messages import Handshake, LoadError, Move, PackedMoves, Plan, Report
@@ -22,6 +29,10 @@ __all__ = [
     "BlockChain",
     "BlockHash",
     "BlockKey",
+    "BlocksRemoved",
+    "BlocksStored",
+    "CacheCleared",
+    "CacheEvent",
     "CacheUse",
     "Capabilities",
     "Connector",
@@ -47,6 +58,7 @@ __all__ = [
     "SchedulerOutput",
     "WorkerContext",
     "WorkerHooks",
+    "adapter_digest",
     "block_key",
     "check_fit",
     "check_prefix_law",

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import pluggy
 
+from kvconnect.protocol.events import CacheEvent
 from kvconnect.protocol.layout import KVCacheLayout
 from kvconnect.protocol.types import Finished, Match, RequestView, SchedulerOutput
 
@@ -263,8 +264,8 @@ class LeaderHooks(Protocol):
         ...
 
     @hookspec(firstresult=True)
-    def take_events(self) -> Sequence[Any]:
-        """Give out what was stored and removed since the last call, once.
+    def take_events(self) -> Sequence[CacheEvent]:
+        """Give out what was stored and removed since the last call, once; nothing unless the engine `takes_events`.
 
         Runs: scheduler process.
         When: after a step.

@@ -20,7 +20,14 @@ import msgspec
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol.keys import frame_fields
 
-__all__ = ["VOLATILE_SETTINGS", "check_prefix_law", "checkpoint_digest", "model_identity", "rope_settings"]
+__all__ = [
+    "VOLATILE_SETTINGS",
+    "adapter_digest",
+    "check_prefix_law",
+    "checkpoint_digest",
+    "model_identity",
+    "rope_settings",
+]
 
 # What a forward pass depends on. Tokenizer files are left out: keys hold token ids.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -66,10 +73,30 @@ def checkpoint_digest(folder: str | os.PathLike[str], *, cache: Path | None = No
     Raises:
         ConfigError: If the folder has no configuration or no weights.
     """
+    return _folder_digest(folder, "config.json", "checkpoint", b"kvconnect-model1", cache).hex()
+
+
+def adapter_digest(folder: str | os.PathLike[str], *, cache: Path | None = None) -> bytes:
+    """Digest an adapter (LoRA) folder: its ``adapter_config.json`` and every weight file, by name and content.
+
+    Remembered like `checkpoint_digest`: after the first time it costs a few ``stat`` calls.
+
+    Returns:
+        32 bytes.
+
+    Raises:
+        ConfigError: If the folder has no adapter configuration or no weights.
+    """
+    return _folder_digest(folder, "adapter_config.json", "adapter", b"kvconnect-adapt1", cache)
+
+
+def _folder_digest(
+    folder: str | os.PathLike[str], config_name: str, what: str, person: bytes, cache: Path | None
+) -> bytes:
     root = Path(folder)
     weights = sorted(p for p in root.iterdir() if p.suffix in _WEIGHT_SUFFIXES) if root.is_dir() else []
-    if not weights or not (root / "config.json").is_file():
-        raise ConfigError(f"{os.fspath(folder)!r} is no checkpoint folder: it needs config.json and weight files")
+    if not weights or not (root / config_name).is_file():
+        raise ConfigError(f"{os.fspath(folder)!r} is no {what} folder: it needs {config_name} and weight files")
     cache = _default_cache() if cache is None else cache
     known = _read_cache(cache)
     fields, learned = [], False
@@ -80,14 +107,14 @@ def checkpoint_digest(folder: str | os.PathLike[str], *, cache: Path | None = No
             learned = True
         fields.append((path.name, known[tag].encode()))
     try:
-        config = json.loads((root / "config.json").read_text("utf-8"))
+        config = json.loads((root / config_name).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {os.fspath(root / 'config.json')!r}: {error}") from error
+        raise ConfigError(f"cannot read {os.fspath(root / config_name)!r}: {error}") from error
     kept = {key: value for key, value in config.items() if key not in VOLATILE_SETTINGS}
-    fields.append(("config.json", json.dumps(kept, sort_keys=True).encode()))
+    fields.append((config_name, json.dumps(kept, sort_keys=True).encode()))
     if learned:
         _write_cache(cache, known)
-    return hashlib.blake2b(frame_fields(fields), digest_size=32, person=b"kvconnect-model1").hexdigest()
+    return hashlib.blake2b(frame_fields(fields), digest_size=32, person=person).digest()
 
 
 def rope_settings(config: Mapping[str, Any]) -> str:

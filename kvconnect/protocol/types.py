@@ -76,7 +76,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
         request_id: As in its `RequestView`.
         num_computed_tokens: Tokens whose KV is in the pages before this step, loaded ones included.
         num_scheduled_tokens: Tokens that this step computes, from there on. With an engine that plans ahead the last of
-            them may be one that nobody knows yet: then they reach beyond `num_tokens`.
+            them may be one that nobody knows yet: then they reach beyond `num_tokens`. Drafts of speculative decoding
+            that may still be rejected do not count; those that were accepted are computed tokens of the next step.
         num_tokens: Tokens of the request that are known now, all of them.
         new_tokens: The last of those: what became known since the last output that named the request (or since its
             `on_new_request` or `request_reset`), so that a leader misses none.

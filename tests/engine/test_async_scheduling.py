@@ -164,7 +164,7 @@ def test_nothing_computed_on_a_load_that_failed_is_ever_matched(
     if not commit_rule:
         never = property(lambda self: -1, lambda self, value: None)
         monkeypatch.setattr(RequestState, "void_until", never)
-        monkeypatch.setattr("kvconnect.leader.ledger.OpenStep.fail", lambda self, request_ids: None)
+        monkeypatch.setattr("kvconnect.leader.ledger.OpenStep.fail", lambda self, request_id, ordinals: None)
     options: dict[str, Any] = {"block_size": 8, "max_batch_tokens": 16, "async_scheduling": True}
     with LLM(make_model("llama"), "host://?capacity=1MiB", **options) as llm:
         llm.generate([stem], SamplingParams(max_tokens=1))

@@ -1,0 +1,61 @@
+"""What a leader says of blocks that came and went: for routers that send a request where its KV is.
+
+Hashes are those of the keys, the same under every engine and in every process. With the parent's hash and the tokens, a
+listener can follow a prefix without hashing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from kvconnect.protocol.keys import BlockHash
+
+__all__ = ["BlocksRemoved", "BlocksStored", "CacheCleared", "CacheEvent"]
+
+
+class BlocksStored(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks that can be loaded from now on, consecutive in one sequence.
+
+    Attributes:
+        block_hashes: Their content names, in order.
+        parent_hash: Of the block before the first, None if that begins the sequence.
+        tokens: Theirs, ``len(block_hashes) * block_size``.
+        block_size: Tokens a block.
+        group: Their layer group.
+        tier: 0 for host memory, then the stores in the order given.
+        tier_name: ``"host"``, or the store's name.
+    """
+
+    block_hashes: tuple[BlockHash, ...]
+    parent_hash: BlockHash | None
+    tokens: Sequence[int]
+    block_size: int
+    group: int
+    tier: int
+    tier_name: str
+
+
+class BlocksRemoved(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks that cannot be loaded from a tier any more. What a store drops by itself is noticed when it is missed.
+
+    Attributes:
+        block_hashes: Their content names.
+        group: Their layer group.
+        tier: 0 for host memory, then the stores in the order given.
+        tier_name: ``"host"``, or the store's name.
+    """
+
+    block_hashes: tuple[BlockHash, ...]
+    group: int
+    tier: int
+    tier_name: str
+
+
+class CacheCleared(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing that was stored before can be loaded by this engine any more: its cache was reset."""
+
+
+CacheEvent = BlocksStored | BlocksRemoved | CacheCleared
+"""What `take_events` gives out."""

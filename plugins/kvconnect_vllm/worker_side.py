@@ -1,0 +1,103 @@
+"""The worker's half of the adapter: one rank's worker in vLLM's step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from kvconnect.driver import WorkerDriver, open_worker
+from kvconnect_vllm.config import EngineSetup
+from kvconnect_vllm.layout import describe_caches, layer_indices
+from kvconnect_vllm.messages import Handshake, StepPlan, StepReports
+
+__all__ = ["Ended", "WorkerSide"]
+
+
+class Ended(NamedTuple):
+    """Requests whose transfers ended on this rank, as vLLM wants to hear it: each once."""
+
+    saved: set[str]
+    loaded: set[str]
+    failed: set[str]
+
+
+class WorkerSide:
+    """One rank's worker under vLLM's model runner. One thread calls it."""
+
+    def __init__(self, setup: EngineSetup, vllm_config: Any, kv_cache_config: Any, rank: int) -> None:
+        """Open the worker.
+
+        Raises:
+            KVConnectError: If the connector cannot work as configured.
+        """
+        self.worker: WorkerDriver = open_worker(
+            setup.resolved,
+            namespace=setup.namespace,
+            engine=setup.capabilities,
+            rank=rank,
+            num_ranks=setup.num_ranks,
+            local_ranks=setup.local_ranks,
+        )
+        self._setup = setup
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._rank = rank
+        self._layers = layer_indices(kv_cache_config)
+        self._now = StepPlan(step=-1, plan=None)
+        self._saving: set[str] = set()  # vLLM waits for each of these, and for nobody else
+        self._parked: set[str] = set()
+        self._loaded: frozenset[str] = frozenset()  # ended in this step
+
+    def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Hand over the cache.
+
+        Raises:
+            KVConnectError: If it cannot be used; the engine does not start.
+        """
+        layout = describe_caches(kv_caches, self._kv_cache_config, self._vllm_config, self._rank)
+        self.worker.register_kv_caches(layout)
+
+    def get_handshake(self) -> Handshake:
+        """Return what the leader must know of this rank's cache."""
+        return Handshake(self.worker.get_handshake_metadata())
+
+    def bind(self, plan: StepPlan) -> None:
+        """Begin a step, before anything of it writes to a page."""
+        self._now = plan
+        self._saving |= plan.saving
+        self._parked |= plan.parking
+        self._loaded = frozenset()
+        self.worker.bind(plan.plan, plan.step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Wait until the layer may be attended to."""
+        self.worker.wait_for_layer_load(self._layers[layer_name])
+
+    def save_kv_layer(self, layer_name: str) -> None:
+        """Tell that the layer's KV is in the pages."""
+        self.worker.save_kv_layer(self._layers[layer_name])
+
+    def get_ended(self) -> Ended:
+        """Return whose transfers ended, lost ones among them."""
+        now = self._now
+        saved, loaded, failed = self.worker.get_finished(now.saving)
+        self._loaded = frozenset(loaded)
+        told_saved = (saved | now.lost_saves) & self._saving
+        told_loaded = (loaded | now.lost_loads) & self._parked
+        self._saving -= told_saved
+        self._parked -= told_loaded
+        return Ended(set(told_saved), set(told_loaded), set((failed | now.lost_loads) & told_loaded))
+
+    def get_bad_pages(self) -> set[int]:
+        """Return the pages of this step's loads that vLLM must take back; empty with several layer groups."""
+        if self._setup.num_groups > 1:  # pages are named without their group; what failed is named by request
+            return set()
+        pages = self.worker.get_block_ids_with_load_errors()
+        bad = set(self._now.loading) if pages is None else set(pages[0])
+        return (bad | self._now.lost_pages) - {-1}
+
+    def build_reports(self) -> StepReports:
+        """Return this rank's report, for the leader."""
+        return StepReports({self._rank: self.worker.build_worker_report()}, {self._rank: self._loaded})
