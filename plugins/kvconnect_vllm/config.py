@@ -87,9 +87,10 @@ def read_setup(vllm_config: Any, kv_cache_config: Any) -> EngineSetup:
     capabilities = EngineCapabilities(
         can_ask_again=True,
         # vLLM names pages without their group, so with several groups it takes back whole requests, and only those that
-        # it parked
+        # it parked. With asynchronous scheduling the step after a failed load is under way when vLLM takes the request
+        # back, and it keeps that step's token (0.32): only parked loads are safe
         load_errors="block" if num_groups == 1 else "request",
-        sync_load=num_groups == 1,
+        sync_load=num_groups == 1 and not vllm_config.scheduler_config.async_scheduling,
         async_load=True,
         reports=True,
         handshake=True,
