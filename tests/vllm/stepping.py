@@ -213,7 +213,8 @@ class SteppedEngine:
     @property
     def holds_pages(self) -> bool:
         """Whether pages wait for a transfer: then vLLM cannot forget its prefix cache."""
-        return bool(self.leader.scheduler_side._parked or self.leader.scheduler_side._saving)
+        side = self.leader.scheduler_side
+        return bool(side._parked or side._saving or self.scheduler.kv_holding_waiting)
 
     def failures(self) -> dict[str, int]:
         """Return what every half counted of hooks that failed."""
@@ -241,6 +242,11 @@ class SteppedEngine:
             self._take(self._in_flight.popleft())
         if not scheduled.total_num_scheduled_tokens:
             time.sleep(0.0005)
+
+    def take_all(self) -> None:
+        """Take every step that has run."""
+        while self._in_flight:
+            self._take(self._in_flight.popleft())
 
     def settle(self, seconds: float = 15.0, *, check: bool = True) -> None:
         """Step as vLLM's engine does while anything is left, then look whether anything was kept."""

@@ -471,8 +471,10 @@ def test_random_schedules(folder: Path, seed: int) -> None:
                     engine.step()
                 if rng.random() < 0.2:
                     engine.abort(rng.choice(list(waiting)))
-                if rng.random() < 0.1 and not engine.holds_pages:
-                    engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+                if rng.random() < 0.1:
+                    engine.take_all()
+                    if not engine.holds_pages:
+                        engine.scheduler.reset_prefix_cache(reset_running_requests=True)
             Faults.lose, Faults.store = 0, set()
             while engine.scheduler.has_unfinished_requests():
                 assert time.monotonic() < deadline, "a request was not answered in time"
