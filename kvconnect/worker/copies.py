@@ -1,7 +1,7 @@
 """Copies blocks between the paged cache and arena slots, for any strides. Knows no keys, plans or stores.
 
 A block's payload is its part of each region, one behind the other, each dense in the region's own order. Where a
-block's part is dense already, on the CPU, it is copied as machine words through numpy, which lets other threads run
+block's part has dense rows, on the CPU, they are copied as machine words through numpy, which lets other threads run
 meanwhile; `benchmarks/copies.py` measures it against memcpy, and against the general path.
 """
 
@@ -20,6 +20,9 @@ from kvconnect.worker.arena import Arena
 from kvconnect.worker.reorder import scatter_reordered
 
 __all__ = ["BlockCopier"]
+
+# Below this numpy's loop over rows costs more than torch's.
+_DENSE_BYTES = 64
 
 # Below this a second thread costs more than it brings.
 _PARALLEL_BYTES = 2 << 20
@@ -98,17 +101,28 @@ class BlockCopier:
         other.result()
 
     def _word_views(self) -> list[tuple[_Words, _Words]] | None:
-        """Return, for each region, (slots, pages) as two-dimensional word arrays; None if some region has none."""
+        """Return, for each region, (slots, pages) as word arrays of one shape; None if some region has none.
+
+        What is dense at the inner end of a block becomes one dimension of words, the rest stays as it is: a block that
+        is dense as a whole has two dimensions, one that shares each head's memory with other regions has three.
+        """
         views = []
         for start, end, region in self._parts:
             tensor = region.tensor
-            if tensor.device.type != "cpu" or not tensor[0].is_contiguous():
+            if tensor.device.type != "cpu" or tensor.stride(-1) != 1:
                 return None
-            pages = torch.as_strided(tensor, (tensor.shape[0], tensor[0].numel()), (tensor.stride(0), 1))
+            shape, strides, inner = list(tensor.shape), list(tensor.stride()), 1
+            while len(shape) > 1 and strides[-1] == inner:
+                inner *= shape.pop()
+                strides.pop()
+            if inner * tensor.element_size() < _DENSE_BYTES:
+                return None
+            pages = torch.as_strided(tensor, (*shape, inner), (*strides, 1))
             slots = self._arena.slots[:, start:end]
             for dtype in (torch.int64, torch.int32, torch.uint8):
                 try:
-                    views.append((slots.view(dtype).numpy(), pages.view(dtype).numpy()))
+                    words = pages.view(dtype)
+                    views.append((slots.view(dtype).view(-1, *words.shape[1:]).numpy(), words.numpy()))
                     break
                 except RuntimeError:  # size, stride or address is no multiple of the word
                     continue

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvconnect_vllm.config import read_setup, uses_layer_hooks
 from kvconnect_vllm.drain import LocalEngines
 from kvconnect_vllm.events import to_vllm_events
+from kvconnect_vllm.logs import join_vllm_log
 from kvconnect_vllm.messages import Handshake, StepPlan, StepReports
 from kvconnect_vllm.metrics import KVConnectProm, KVConnectStats, StatsSource
 from kvconnect_vllm.scheduler_side import SchedulerSide
@@ -41,6 +42,7 @@ class KVConnect(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # Any w
                 the message says what to change.
         """
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        join_vllm_log()
         setup = read_setup(vllm_config, kv_cache_config)
         engine_id = vllm_config.kv_transfer_config.engine_id
         self._scheduler: SchedulerSide | None = None
@@ -50,6 +52,11 @@ class KVConnect(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # Any w
             self._scheduler = self._local.scheduler = SchedulerSide(setup)
             self._stats = StatsSource("leader", self._scheduler.leader)
             logger.info("kvconnect: connector %s under vLLM, %d rank(s)", setup.resolved.name, setup.num_ranks)
+            if setup.resolved.tiers and not vllm_config.shutdown_timeout:
+                logger.info(
+                    "kvconnect: with shutdown_timeout=0 a stopping server does not wait for blocks on their way to a "
+                    "store; --shutdown-timeout 30 lets them arrive"
+                )
         else:
             rank = vllm_config.parallel_config.rank
             self._worker = self._local.worker = WorkerSide(setup, vllm_config, kv_cache_config, rank)
@@ -101,7 +108,7 @@ class KVConnect(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # Any w
 
     def wait_for_save(self) -> None:
         """Return when the pages may be written again."""
-        self.worker_side.worker.wait_for_save()
+        self.worker_side.wait_for_save()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Say whose asynchronous transfers ended."""
@@ -177,8 +184,9 @@ class KVConnect(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # Any w
     # -- both ------------------------------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> KVConnectStats | None:
-        """Return what this half counted since the last call."""
-        return self._stats.take()
+        """Return what this half counted since the last call; now and then, and when there may be no later step."""
+        half = self._worker or self._scheduler
+        return self._stats.take(at_once=half is None or half.is_idle)
 
     def shutdown(self) -> None:
         """Finish what is on its way to the stores, if both halves are in this process, and close this one."""

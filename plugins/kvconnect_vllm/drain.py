@@ -21,7 +21,6 @@ __all__ = ["LocalEngines"]
 logger = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0
-_IDLE_S = 0.0005  # between steps that wait for a store
 
 
 class LocalEngines:
@@ -61,11 +60,9 @@ class LocalEngines:
                 return
             worker.bind(scheduler.empty_step())
             worker.worker.start_load_kv()
-            worker.worker.wait_for_save()
             worker.get_ended()
             worker.get_bad_pages()
             scheduler.update_connector_output(worker.build_reports(), set(), set())
-            time.sleep(_IDLE_S)
 
 
 def _drain_at_exit(engine: weakref.ref[LocalEngines]) -> None:

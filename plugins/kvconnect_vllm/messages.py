@@ -27,6 +27,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     Attributes:
         step: Its number.
         plan: The leader's plan, None if there is none.
+        idle: Whether the step computes nothing.
         loading: Pages that the step loads before it computes: those that failed if no load of it can be trusted.
         lost_pages: Pages that nobody will load although vLLM counts on them.
         parking: Requests that vLLM parks from this step on.
@@ -37,6 +38,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
 
     step: int
     plan: bytes | None
+    idle: bool = False
     loading: frozenset[int] = frozenset()
     lost_pages: frozenset[int] = frozenset()
     parking: frozenset[str] = frozenset()

@@ -248,12 +248,17 @@ class SchedulerSide:
                 step=step, new_requests=tuple(new), cached_requests=tuple(cached), preempted=tuple(preempted)
             )
         )
-        return self._step_plan(step, plan)
+        return self._step_plan(step, plan, idle=not scheduler_output.total_num_scheduled_tokens)
 
     def empty_step(self) -> StepPlan:
         """Return the plan of a step that computes nothing and of which vLLM knows nothing."""
         step, self._step = self._step, self._step + 1
-        return self._step_plan(step, self.leader.build_connector_meta(SchedulerOutput(step=step)))
+        return self._step_plan(step, self.leader.build_connector_meta(SchedulerOutput(step=step)), idle=True)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        return not self._known
 
     def update_connector_output(self, reports: StepReports | None, bad_pages: set[int], failed: set[str]) -> None:
         """Take what the workers of one step said.
@@ -311,7 +316,7 @@ class SchedulerSide:
         known.num_told = len(known.view.tokens)
         self.leader.request_reset(known.view)
 
-    def _step_plan(self, step: int, plan: bytes | None) -> StepPlan:
+    def _step_plan(self, step: int, plan: bytes | None, *, idle: bool) -> StepPlan:
         now = time.monotonic()
         for request_id in self._newly_saving:
             self._saving[request_id] = now + _SAVE_DEADLINE_S
@@ -326,6 +331,7 @@ class SchedulerSide:
         taken = StepPlan(
             step=step,
             plan=plan,
+            idle=idle,
             loading=frozenset(self._loading),
             lost_pages=frozenset(self._lost_pages),
             parking=frozenset(self._parking),

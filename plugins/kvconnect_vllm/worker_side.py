@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from kvconnect_vllm.layout import describe_caches, layer_indices
 from kvconnect_vllm.messages import Handshake, StepPlan, StepReports
 
 __all__ = ["Ended", "WorkerSide"]
+
+_IDLE_S = 0.0005
 
 
 class Ended(NamedTuple):
@@ -46,6 +49,7 @@ class WorkerSide:
         self._rank = rank
         self._layers = layer_indices(kv_cache_config)
         self._now = StepPlan(step=-1, plan=None)
+        self._saved = True
         self._saving: set[str] = set()  # vLLM waits for each of these, and for nobody else
         self._parked: set[str] = set()
         self._loaded: frozenset[str] = frozenset()  # ended in this step
@@ -66,6 +70,7 @@ class WorkerSide:
     def bind(self, plan: StepPlan) -> None:
         """Begin a step, before anything of it writes to a page."""
         self._now = plan
+        self._saved = False
         self._saving |= plan.saving
         self._parked |= plan.parking
         self._loaded = frozenset()
@@ -79,9 +84,31 @@ class WorkerSide:
         """Tell that the layer's KV is in the pages."""
         self.worker.save_kv_layer(self._layers[layer_name])
 
+    def wait_for_save(self) -> None:
+        """Return when the pages may be written again; once a step.
+
+        With speculative decoding vLLM asks for the step's report first, and calls this after the drafts were made. They
+        come from no model that writes pages, so that the saves need not wait for that.
+        """
+        if not self._saved:
+            self._saved = True
+            self.worker.wait_for_save()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the step computes nothing."""
+        return self._now.idle
+
     def get_ended(self) -> Ended:
-        """Return whose transfers ended, lost ones among them."""
+        """Return whose transfers ended, lost ones among them.
+
+        vLLM repeats empty steps as fast as it can while something is on its way; the threads that bring it need the
+        interpreter too, so that such a step takes a moment.
+        """
+        self.wait_for_save()
         now = self._now
+        if now.idle:
+            time.sleep(_IDLE_S)
         saved, loaded, failed = self.worker.get_finished(now.saving)
         self._loaded = frozenset(loaded)
         told_saved = (saved | now.lost_saves) & self._saving

@@ -20,6 +20,7 @@ class Faults:
         store: Names of store methods that raise.
         hang: Set to let store calls wait until it is cleared.
         lose: Loads of the arena that fail: how many more blocks.
+        corrupt: Whether loads bring garbage, and say nothing.
         silent: Whether workers keep quiet about asynchronous loads that ended.
         frames: What the stores hold.
     """
@@ -27,13 +28,14 @@ class Faults:
     store: ClassVar[set[str]] = set()
     gate: ClassVar[threading.Event] = threading.Event()
     lose: ClassVar[int] = 0
+    corrupt: ClassVar[bool] = False
     silent: ClassVar[bool] = False
     frames: ClassVar[dict[BlockKey, bytes]] = {}
 
     @classmethod
     def clear(cls) -> None:
         """Let nothing go wrong, and the stores be empty."""
-        cls.store, cls.lose, cls.silent, cls.frames = set(), 0, False, {}
+        cls.store, cls.lose, cls.corrupt, cls.silent, cls.frames = set(), 0, False, False, {}
         cls.gate.set()
 
 
@@ -110,7 +112,11 @@ class FaultyConnector(Connector):
                     for region in self._layout.groups[move.group].regions:  # type: ignore[union-attr]
                         region.tensor[move.target] = 0.5  # plausible: nothing but the report tells
                     Faults.lose -= 1
+                loads = list(self._now.loads) if Faults.corrupt else []
                 super().start_load_kv()
+                for move in loads:
+                    for region in self._layout.groups[move.group].regions:  # type: ignore[union-attr]
+                        region.tensor[move.target] = 0.5
 
             def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
                 saved, loaded, failed = super().get_finished(finished_req_ids)
