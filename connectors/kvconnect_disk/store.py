@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -24,6 +25,7 @@ __all__ = ["DiskOptions", "DiskStore"]
 
 _HASH_BYTE = 32  # first byte of the hash in a key: spreads over the 256 folders, as the namespace would not
 _PAGE = 4096
+_TOUCH_S = 1.0  # a block read again sooner keeps its place: one system call less for each
 _DECLINED = (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR)  # full, or something else has the name
 _KEEP = 0.95  # an eviction frees a twentieth, so that scans are rare
 
@@ -97,14 +99,16 @@ class DiskStore(BlockStore):
         except OSError:
             return None
         try:
-            if os.fstat(fd).st_size > len(buffer):
+            found = os.fstat(fd)
+            if found.st_size > len(buffer):
                 return None
             filled = 0
             while count := os.readv(fd, [buffer[filled:]]):
                 filled += count
-                if filled == len(buffer):
+                if filled >= found.st_size:
                     break
-            os.utime(fd)  # the order of eviction, shared by all processes
+            if time.time() - found.st_mtime > _TOUCH_S:
+                os.utime(fd)  # the order of eviction, shared by all processes
             return filled
         except OSError:
             return None

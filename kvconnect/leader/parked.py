@@ -49,6 +49,7 @@ class ParkedLoad:
         self._left = [_Block(group, ordinal, page, hashes[ordinal]) for group, ordinal, page in blocks]
         self._patience_s = patience_s
         self._deadline = time.monotonic() + patience_s
+        self._all_coming_at = -1  # `TierTraffic.num_ended` when all that was left was on its way up
 
     def plan(self, index: BlockIndex, traffic: TierTraffic) -> tuple[list[PlannedLoad], list[PlannedLoad]]:
         """Return what this step loads and what cannot be loaded any more; wants promotions for the rest.
@@ -60,7 +61,10 @@ class ParkedLoad:
         left: list[_Block] = []
         wanted: list[tuple[int, int, int]] = []
         first_bad: int | None = None
+        all_coming = True
         late = time.monotonic() > self._deadline or self.request.chain is None
+        if self._all_coming_at == traffic.num_ended and not late:
+            return loads, fails
         for block in self._left:
             block_hash = block.block_hash
             entry = index.get(block.group, block_hash)
@@ -76,11 +80,13 @@ class ParkedLoad:
                 fails.append(PlannedLoad(None, block_hash, block.group, block.ordinal, block.page))
                 continue
             left.append(block)
+            all_coming = all_coming and coming
             if not coming and len(wanted) < index.num_available:
                 wanted.append(known)
         if loads or fails:
             self._deadline = time.monotonic() + self._patience_s
         self._left = left
+        self._all_coming_at = traffic.num_ended if all_coming else -1
         if wanted:
             traffic.want(self.request, wanted)
         self.ended = not left
@@ -90,9 +96,11 @@ class ParkedLoad:
         """Take back loads of a step that failed as a whole: they will be named as failed."""
         self._left = [_Block(load.group, load.ordinal, load.block_id, load.block_hash) for load in lost] + self._left
         self._left.sort(key=lambda block: block.ordinal)
+        self._all_coming_at = -1
         self._deadline = 0.0
         self.ended = False
 
     def drop(self) -> None:
         """Load nothing more: the request is gone."""
         self._left = []
+        self._all_coming_at = -1

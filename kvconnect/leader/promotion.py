@@ -37,6 +37,7 @@ class TierTraffic:
         self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
         self._wanting: dict[str, RequestState] = {}
         self.promoted = self.not_promoted = self.demoted = self.not_demoted = self.no_slot = 0
+        self.num_ended = 0  # promotions, one way or the other
 
     @property
     def busy(self) -> bool:
@@ -181,6 +182,7 @@ class TierTraffic:
         if entry.waiting:
             return
         del self._promoting[slot]
+        self.num_ended += 1
         wanted = entry in request.promoting
         if entry.failed:
             self.not_promoted += 1
