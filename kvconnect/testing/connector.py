@@ -10,9 +10,10 @@ import msgspec
 import pytest
 
 from kvconnect.errors import UnsupportedError
+from kvconnect.protocol import BlocksStored, CacheEvent
 from kvconnect.testing.harness import BLOCK, SHAPES, StepEngine
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import must, must_equal, needs
+from kvconnect.testing.promise import must, must_equal, needs, not_shown
 from kvconnect.testing.simulation import Setting, make_prompts, simulate
 from kvconnect.testing.target import ENGINE, Target
 
@@ -286,6 +287,35 @@ class ConnectorTests(Kit):
                 hint="the commit rule: void the request's saves until the last step that was planned",
             )
 
+    def test_nothing_computed_on_a_shared_page_of_a_failed_load_is_committed(
+        self, target: Target, rng: random.Random
+    ) -> None:
+        """Engines share a page before its load has ended: what others compute on it is void too."""
+        stem = self.tokens(rng, 4 * BLOCK)
+        one, other = ([*stem, *self.tokens(rng, 3 * BLOCK)] for _ in range(2))
+        with StepEngine(target) as engine:
+            engine.save([*stem, 1])
+            loading, sharing = engine.arrive(one), engine.arrive(other)
+            engine.offer(sharing, 4 * BLOCK)  # asks stores, which may take steps
+            external = engine.offer(loading).num_tokens or 0
+            engine.allocate(loading, external)
+            first = engine.step((loading, 2 * BLOCK), hand_over=False, failing_rank=0)
+            engine.share(sharing, loading, 4 * BLOCK)
+            second = engine.step((sharing, 3 * BLOCK), hand_over=False)
+            engine.leader.update_connector_output(first.reports)
+            engine.leader.update_connector_output(second.reports)
+            for request in (loading, sharing):
+                engine.reset(request)
+                engine.finish(request)
+            engine.settle()
+            offered = engine.offer(engine.arrive([*other, 1])).num_tokens or 0
+            must(
+                offered <= external,
+                expected=f"at most the {external} tokens that were there before",
+                got=f"{offered} tokens offered, computed on another request's load that had failed",
+                hint="void the saves of all requests with a failed block in their prefix, not only the one that loaded",
+            )
+
     def test_chunks_and_decoded_blocks_are_saved(self, target: Target, rng: random.Random) -> None:
         """Blocks that fill in a later chunk of the prompt, or while decoding, are saved like the first."""
         tokens = self.tokens(rng, 4 * BLOCK + 3)
@@ -489,6 +519,53 @@ class ConnectorTests(Kit):
                 )
             must_equal("load_async of the offer to an engine that cannot park", match.load_async, False)
             engine.load(tokens)
+
+    def test_engine_without_loads_in_a_step_is_offered_parked_ones_or_refused(
+        self, target: Target, rng: random.Random
+    ) -> None:
+        """An engine that could not take back a load that failed within a step gets asynchronous offers only."""
+        tokens = self.tokens(rng, _PROMPT)
+        limited = msgspec.structs.replace(ENGINE, sync_load=False, async_load=True)
+        if not target.capabilities.async_load:
+            with pytest.raises(UnsupportedError):
+                StepEngine(target, engine=limited).close()
+            return
+        with StepEngine(target, engine=limited) as engine:
+            engine.save(tokens)
+            match = engine.offer(engine.arrive(tokens))
+            must(
+                match.load_async or not match.num_tokens,
+                expected="an asynchronous offer, or none",
+                got=f"{match}: the engine could not take it back",
+                hint="see EngineCapabilities.sync_load",
+            )
+            engine.load(tokens)
+
+    @pytest.mark.parametrize("listens", [True, False])
+    def test_events_tell_once_what_can_be_loaded(self, target: Target, rng: random.Random, listens: bool) -> None:
+        """`take_events` gives events of the protocol, each once, whose tokens are those of the blocks; else nothing."""
+        tokens = self.tokens(rng, _PROMPT)
+        with StepEngine(target, engine=msgspec.structs.replace(ENGINE, takes_events=listens)) as engine:
+            engine.save(tokens)
+            events = list(engine.leader.take_events())
+            must_equal("events told twice", list(engine.leader.take_events()), [])
+            if not listens:
+                must_equal("events for an engine that does not listen", events, [])
+                return
+            strange = [event for event in events if not isinstance(event, CacheEvent)]
+            must(not strange, expected="BlocksStored, BlocksRemoved or CacheCleared", got=f"{strange[:1]}")
+            stored = [event for event in events if isinstance(event, BlocksStored)]
+            if not stored:
+                not_shown("it tells of no events")
+            known: dict[Any, list[int]] = {None: []}
+            for event in stored:
+                if event.parent_hash not in known:
+                    continue
+                prefix = known[event.parent_hash]
+                for index, block_hash in enumerate(event.block_hashes):
+                    prefix = [*prefix, *event.tokens[index * BLOCK : (index + 1) * BLOCK]]
+                    known[block_hash] = prefix
+            must_equal("the longest prefix told of", max(known.values(), key=len), tokens[: _BLOCKS * BLOCK])
 
     def test_undeclared_groups_are_refused(self, target: Target) -> None:
         """Without `several_groups`, a cache of two layer groups is an UnsupportedError at start."""

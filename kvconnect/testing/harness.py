@@ -184,6 +184,17 @@ class StepEngine:
         request.loaded = external
         self.leader.update_state_after_alloc(request.view(), request.tables, external)
 
+    def share(self, request: KitRequest, other: KitRequest, num_tokens: int) -> None:
+        """Let a request use another's first pages, as engines do that name pages before their load has ended.
+
+        It gets pages of its own for the rest, and loads nothing.
+        """
+        for pool, table, theirs in zip(self.cache.pools, request.tables, other.tables, strict=True):
+            for page in theirs[: num_tokens // self.block_size]:
+                pool.hold(page)
+                table.append(page)
+        self.allocate(request, 0, num_tokens)
+
     def append(self, request: KitRequest, token: int) -> None:
         """Accept a decoded token and give it a page."""
         request.tokens.append(token)

@@ -13,6 +13,7 @@ import msgspec
 from kvconnect import Connector
 from kvconnect.leader import OffloadLeader
 from kvconnect.leader.index import State
+from kvconnect.leader.ledger import OpenStep
 from kvconnect.options import Options
 from kvconnect.protocol import BlockChain, Capabilities, Finished, Match, Report
 from kvconnect.worker import OffloadWorker
@@ -222,3 +223,39 @@ class ReportsIdsTwice(Right):
         return finished._replace(loaded=finished.loaded | before, saved=finished.saved | finished_req_ids | {"r0"})
 
     worker = worker(get_finished=get_finished)
+
+
+class VoidsOnlyWhoLoaded(Right):
+    def make_leader(self, options: Any, context: Any) -> Any:
+        made = super().make_leader(options, context)
+        opens = made._ledger.open
+
+        def open_step(step: int) -> Any:
+            opened = opens(step)
+            made._ledger._open[step] = forgetful = Forgetful(step, opened.waiting)
+            return forgetful
+
+        class Forgetful(OpenStep):
+            def bad_blocks(self) -> list[Any]:
+                return []
+
+        made._ledger.open = open_step
+        return made
+
+
+class LoadsInTheStep(Right):
+    def get_num_new_matched_tokens(self: Any, request: Any, num_computed_tokens: int) -> Match:
+        count, _ = OffloadLeader.get_num_new_matched_tokens(self, request, num_computed_tokens)
+        return Match(count, False)
+
+    leader = leader(get_num_new_matched_tokens=get_num_new_matched_tokens)
+
+
+class TellsOfNobodysTokens(Right):
+    def take_events(self: Any) -> Any:
+        return [
+            msgspec.structs.replace(event, tokens=[0] * len(event.tokens)) if hasattr(event, "tokens") else event
+            for event in OffloadLeader.take_events(self)
+        ]
+
+    leader = leader(take_events=take_events)

@@ -31,6 +31,15 @@ CONNECTORS = {
     "CountsFromZero": ("test_offer_counts_from_what_is_computed", "count from num_computed_tokens"),
     "CommitsWhenItPlans": ("test_block_is_visible_only_when_its_step_is_reported", "commit when the report"),
     "CommitsOnAFailedLoad": ("test_nothing_computed_on_a_failed_load_is_committed", "the commit rule"),
+    "VoidsOnlyWhoLoaded": (
+        "test_nothing_computed_on_a_shared_page_of_a_failed_load_is_committed",
+        "not only the one that loaded",
+    ),
+    "LoadsInTheStep": (
+        "test_engine_without_loads_in_a_step_is_offered_parked_ones_or_refused",
+        "could not take it back",
+    ),
+    "TellsOfNobodysTokens": ("test_events_tell_once_what_can_be_loaded", "prefix told of"),
     "NeverAnswers": ("test_saved_prefix_is_offered", "again and again"),
     "RaisesOnAnEmptyStep": ("test_empty_step_has_a_plan", "IndexError|bytes"),
     "SwapsKeysAndValues": ("test_loaded_blocks_hold_what_was_computed", "value of layer 0|key of layer"),
