@@ -50,7 +50,7 @@ def main() -> None:
             target[row] = source[row]
 
     print(f"{BLOCKS} blocks of {size >> 20} MiB")
-    print(print(f"{'layout':14} threads {'memcpy':>11} {'gather':>11} {'scatter':>11}  gather/memcpy  scatter/memcpy"))
+    print(f"{'layout':14} threads {'memcpy':>11} {'gather':>11} {'scatter':>11}  gather/memcpy  scatter/memcpy")
     for name in AXES:
         for threads in (1, 2):
             with ThreadPoolExecutor(1) as pool:

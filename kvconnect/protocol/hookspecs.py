@@ -168,6 +168,9 @@ class LeaderHooks(Protocol):
     def update_connector_output(self, reports: Sequence[bytes]) -> None:
         """Take what every rank reported of one step; here saves are committed or voided.
 
+        A load that failed makes garbage of what its request computed on it, and of what any other request computed that
+        has the block in its prefix: an engine may share a page before its load has ended.
+
         Args:
             reports: `build_worker_report` of rank 0, 1, ...; an empty one if that rank's hook failed, and a
                 `Report.unbound` if its plan never reached it.
@@ -196,7 +199,9 @@ class LeaderHooks(Protocol):
 
     @hookspec(firstresult=True)
     def request_reset(self, request: RequestView) -> None:
-        """Learn that the request lost its pages and will run again as a new one.
+        """Learn that the request begins again: it lost its pages, or goes on in them from the first block that is bad.
+
+        The next plan that has a part for it names it as new, from wherever it stands then; it may be asked about before.
 
         Runs: scheduler process.
         When: on preemption, and after a load or a step that failed.

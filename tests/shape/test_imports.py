@@ -29,12 +29,13 @@ ALLOWED: dict[str, set[str]] = {
     "kvconnect_host": {"leader", "worker", "store", "protocol", *COMMON},
     "kvconnect_disk": {"store", "protocol", *COMMON},
     "kvconnect_pytest": set(),
+    "kvconnect_vllm": {"driver", "registry", "protocol", *COMMON},
 }
 # `kvconnect/__init__.py` names the public parts, and imports torch and the engine only when they are asked for.
 FACADE = {"options", "protocol", "store", "engine", "leader", "worker"}
 
 # Who may import torch, and who transformers.
-TORCH = {"worker", "engine", "cli", "testing"}
+TORCH = {"worker", "engine", "cli", "testing", "kvconnect_vllm"}
 
 
 def sources() -> list[Path]:
