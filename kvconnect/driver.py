@@ -287,10 +287,13 @@ class WorkerDriver(_Driver):
 
     def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
         """Return whose asynchronous transfers ended."""
-        finished = self._call("get_finished", None, finished_req_ids)
-        if not isinstance(finished, tuple) or len(finished) != 3:
-            return Finished(_NOTHING, _NOTHING, _NOTHING)
-        return Finished(*finished)
+        nothing = Finished(_NOTHING, _NOTHING, _NOTHING)
+        finished = self._call("get_finished", nothing, finished_req_ids)
+        shaped = isinstance(finished, tuple) and len(finished) == 3
+        if not shaped or not all(isinstance(ids, (set, frozenset)) for ids in finished):
+            self._failed("get_finished", f"returned {finished!r}, not three sets of request ids")
+            return nothing
+        return Finished(*map(frozenset, finished))
 
     def get_block_ids_with_load_errors(self) -> list[set[int]] | None:
         """Return the pages that were not loaded, by group; None if no load of this step can be trusted."""
@@ -300,7 +303,7 @@ class WorkerDriver(_Driver):
         if pages == [] and self._num_groups:  # a worker that keeps no layout of its own
             return [set() for _ in range(self._num_groups)]
         shaped = isinstance(pages, list) and len(pages) == self._num_groups and all(isinstance(g, set) for g in pages)
-        if not shaped:
+        if not shaped or not all(isinstance(page, int) for group in pages or () for page in group):
             self._step_failed("get_block_ids_with_load_errors", f"returned {pages!r}, not {self._num_groups} sets")
             return None
         return pages

@@ -3,87 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 from kvconnect.leader.index import Entry
 from kvconnect.leader.request import RequestState
-from kvconnect.protocol import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
+from kvconnect.protocol import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent, RequestView
+from kvconnect.protocol.keys import BlockHash
 
 __all__ = ["EventLog"]
 
-# An engine that stops listening must not fill the memory; it has lost events then, and is told with a clear.
-_MAX_EVENTS = 1 << 16
+# Blocks that an engine which stops listening may leave behind; then they are forgotten, and counted.
+_MAX_BLOCKS = 1 << 16
+
+
+class _Run:
+    """Consecutive blocks of one sequence that were stored one after the other."""
+
+    def __init__(self, group: int, tier: int, parent: BlockHash | None) -> None:
+        self.group = group
+        self.tier = tier
+        self.parent = parent
+        self.hashes: list[BlockHash] = []
+        self.tokens: list[int] = []
 
 
 class EventLog:
     """Events since they were taken last, consecutive blocks joined.
 
+    Blocks that a listener could mistake for others are not told of: those of requests with a salt, an adapter or media,
+    whose tokens and parents say nothing of these.
+
     Attributes:
         enabled: Whether the engine listens; if not, nothing is remembered of any block.
+        num_lost: Blocks of which nobody was told.
     """
 
     def __init__(self, block_size: int, tier_names: Sequence[str], *, enabled: bool) -> None:
         """Know nothing; tier 0 is the arena, `tier_names` are the stores below it."""
         self.enabled = enabled
+        self.num_lost = 0
         self._block_size = block_size
         self._names = ("host", *tier_names)
-        self._events: list[CacheEvent] = []
+        self._events: list[_Run | BlocksRemoved | CacheCleared] = []
+        self._num_blocks = 0
+
+    def keeps_tokens(self, request: RequestView) -> bool:
+        """Say whether a request's tokens are needed."""
+        return self.enabled and request.cache_salt is None and request.adapter is None and not request.media
 
     def remember(self, entry: Entry, state: RequestState, ordinal: int) -> None:
         """Note which tokens a block holds, while the request that knows them is at hand."""
-        if self.enabled and state.chain is not None:
-            start = ordinal * self._block_size
-            parent = state.chain.hashes[ordinal - 1] if ordinal else None
-            entry.content = (parent, tuple(state.tokens[start : start + self._block_size]))
+        start = ordinal * self._block_size
+        tokens = tuple(state.tokens[start : start + self._block_size])
+        if tokens and state.chain is not None:
+            entry.content = (state.chain.hashes[ordinal - 1] if ordinal else None, tokens)
 
     def stored(self, entry: Entry, tier: int = 0) -> None:
         """Say that a block can be loaded from a tier."""
-        if not self.enabled or entry.content is None:
+        if not self.enabled or entry.content is None or not self._has_room():
             return
         parent, tokens = entry.content
-        last = self._events[-1] if self._events else None
-        if (
-            isinstance(last, BlocksStored)
-            and (last.group, last.tier) == (entry.group, tier)
-            and last.block_hashes[-1] == parent
-        ):
-            self._events.pop()
-            hashes, parent, tokens = (
-                (*last.block_hashes, entry.block_hash),
-                last.parent_hash,
-                tuple(chain(last.tokens, tokens)),
-            )
-        else:
-            hashes = (entry.block_hash,)
-        self._add(
-            BlocksStored(
-                block_hashes=hashes,
-                parent_hash=parent,
-                tokens=tokens,
-                block_size=self._block_size,
-                group=entry.group,
-                tier=tier,
-                tier_name=self._names[tier],
-            )
-        )
+        run = self._events[-1] if self._events else None
+        if not isinstance(run, _Run) or (run.group, run.tier) != (entry.group, tier) or run.hashes[-1] != parent:
+            run = _Run(entry.group, tier, parent)
+            self._events.append(run)
+        run.hashes.append(entry.block_hash)
+        run.tokens += tokens
 
     def removed(self, entry: Entry, tier: int = 0) -> None:
         """Say that a block cannot be loaded from a tier any more."""
-        if self.enabled:
+        if self.enabled and entry.content is not None and self._has_room():
             hashes = (entry.block_hash,)
-            self._add(BlocksRemoved(block_hashes=hashes, group=entry.group, tier=tier, tier_name=self._names[tier]))
+            self._events.append(
+                BlocksRemoved(block_hashes=hashes, group=entry.group, tier=tier, tier_name=self._names[tier])
+            )
 
     def cleared(self) -> None:
         """Say that nothing from before can be loaded any more; what was not taken yet is told by that."""
         if self.enabled:
-            self._events = [CacheCleared()]
+            self._events, self._num_blocks = [CacheCleared()], 0
 
     def take(self) -> list[CacheEvent]:
         """Return what happened since the last call, once."""
-        events, self._events = self._events, []
-        return events
+        events, self._events, self._num_blocks = self._events, [], 0
+        return [self._told(event) if isinstance(event, _Run) else event for event in events]
 
-    def _add(self, event: CacheEvent) -> None:
-        if len(self._events) >= _MAX_EVENTS:
-            self.cleared()
-        self._events.append(event)
+    def _told(self, run: _Run) -> BlocksStored:
+        return BlocksStored(
+            block_hashes=tuple(run.hashes),
+            parent_hash=run.parent,
+            tokens=run.tokens,
+            block_size=self._block_size,
+            group=run.group,
+            tier=run.tier,
+            tier_name=self._names[run.tier],
+        )
+
+    def _has_room(self) -> bool:
+        self._num_blocks += 1
+        if self._num_blocks > _MAX_BLOCKS:
+            self.num_lost += 1
+            return False
+        return True

@@ -148,7 +148,9 @@ class OffloadLeader(Leader):
             except UnsupportedError as error:
                 self._counts["requests_not_cached"] += 1
                 logger.debug("request %s is not cached: %s", request.request_id, error)
-        self._requests[request.request_id] = RequestState(request, chain, keep_tokens=self._events.enabled)
+        self._requests[request.request_id] = RequestState(
+            request, chain, keep_tokens=self._events.keeps_tokens(request)
+        )
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> Match:
         """Offer what lies in the arena; ask for time while a store is looked up or a block comes up."""
@@ -301,6 +303,7 @@ class OffloadLeader(Leader):
             "lookup_hits": self._lookup.num_found,
             "lookup_misses": self._lookup.num_missed,
             "evicted_blocks": self._index.num_evicted,
+            "events_lost": self._events.num_lost,
             "arena": self._index.counts(),
             "load_policy": self._load_policy,
             "load_cost": self._cost.get_stats(),

@@ -201,7 +201,7 @@ class LeaderHooks(Protocol):
     def request_reset(self, request: RequestView) -> None:
         """Learn that the request begins again: it lost its pages, or goes on in them from the first block that is bad.
 
-        The next plan that has a part for it names it as new, from wherever it stands then; it may be asked about before.
+        The next plan that has a part for it names it as new, from wherever it stands; it may be asked about before.
 
         Runs: scheduler process.
         When: on preemption, and after a load or a step that failed.

@@ -29,6 +29,9 @@ __all__ = [
     "rope_settings",
 ]
 
+# Digests of folders in this process, by everything that would show a change: adapters are asked about once a request.
+_digests: dict[tuple[str, ...], bytes] = {}
+
 # What a forward pass depends on. Tokenizer files are left out: keys hold token ids.
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -93,10 +96,19 @@ def adapter_digest(folder: str | os.PathLike[str], *, cache: Path | None = None)
 def _folder_digest(
     folder: str | os.PathLike[str], config_name: str, what: str, person: bytes, cache: Path | None
 ) -> bytes:
-    root = Path(folder)
+    try:
+        return _digest_files(Path(folder), config_name, what, person, cache)
+    except OSError as error:
+        raise ConfigError(f"{what} folder {os.fspath(folder)!r} cannot be read: {error}") from error
+
+
+def _digest_files(root: Path, config_name: str, what: str, person: bytes, cache: Path | None) -> bytes:
     weights = sorted(p for p in root.iterdir() if p.suffix in _WEIGHT_SUFFIXES) if root.is_dir() else []
     if not weights or not (root / config_name).is_file():
-        raise ConfigError(f"{os.fspath(folder)!r} is no {what} folder: it needs {config_name} and weight files")
+        raise ConfigError(f"{os.fspath(root)!r} is no {what} folder: it needs {config_name} and weight files")
+    tags = tuple(_file_tag(path) for path in (root / config_name, *weights))
+    if cache is None and tags in _digests:
+        return _digests[tags]
     cache = _default_cache() if cache is None else cache
     known = _read_cache(cache)
     fields, learned = [], False
@@ -110,11 +122,14 @@ def _folder_digest(
         config = json.loads((root / config_name).read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {os.fspath(root / config_name)!r}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{os.fspath(root / config_name)!r} holds no settings")
     kept = {key: value for key, value in config.items() if key not in VOLATILE_SETTINGS}
     fields.append((config_name, json.dumps(kept, sort_keys=True).encode()))
     if learned:
         _write_cache(cache, known)
-    return hashlib.blake2b(frame_fields(fields), digest_size=32, person=person).digest()
+    digest = _digests[tags] = hashlib.blake2b(frame_fields(fields), digest_size=32, person=person).digest()
+    return digest
 
 
 def rope_settings(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from kvconnect.driver import resolve_connector
@@ -40,7 +41,7 @@ class _ExtraConfig(Options, frozen=True):
 _SERVED_SPECS = (FullAttentionSpec, SlidingWindowSpec)
 
 # Methods whose drafts come from no other model: the cache holds the target model's KV and nothing else.
-_DRAFTS_WITHOUT_MODEL = ("ngram", "ngram_gpu", "suffix")
+_DRAFTS_WITHOUT_MODEL = ("ngram", "suffix")
 
 _KV_DTYPES = ("auto", "float32", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -50,6 +51,7 @@ class EngineSetup(NamedTuple):
 
     Attributes:
         resolved: The connector as configured.
+        configuration: The same as text, to tell two of them apart.
         namespace: What its keys begin with.
         capabilities: What this vLLM can do for it.
         block_size: Tokens a block, the same in every layer group.
@@ -59,6 +61,7 @@ class EngineSetup(NamedTuple):
     """
 
     resolved: ResolvedConnector
+    configuration: str
     namespace: Namespace
     capabilities: EngineCapabilities
     block_size: int
@@ -86,11 +89,8 @@ def read_setup(vllm_config: Any, kv_cache_config: Any) -> EngineSetup:
     parallel = vllm_config.parallel_config
     capabilities = EngineCapabilities(
         can_ask_again=True,
-        # vLLM names pages without their group, so with several groups it takes back whole requests, and only those that
-        # it parked. With asynchronous scheduling the step after a failed load is under way when vLLM takes the request
-        # back, and it keeps that step's token (0.32): only parked loads are safe
+        # vLLM names pages without their group, so that with several groups it takes back whole requests
         load_errors="block" if num_groups == 1 else "request",
-        sync_load=num_groups == 1 and not vllm_config.scheduler_config.async_scheduling,
         async_load=True,
         reports=True,
         handshake=True,
@@ -101,6 +101,7 @@ def read_setup(vllm_config: Any, kv_cache_config: Any) -> EngineSetup:
     )
     return EngineSetup(
         resolved=resolved,
+        configuration=json.dumps(msgspec.to_builtins(extra), sort_keys=True, default=str),
         namespace=_namespace(vllm_config, extra.model_id),
         capabilities=capabilities,
         block_size=block_size,

@@ -44,10 +44,9 @@ class KVConnect(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]  # Any w
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         join_vllm_log()
         setup = read_setup(vllm_config, kv_cache_config)
-        engine_id = vllm_config.kv_transfer_config.engine_id
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
-        self._local = LocalEngines.of(engine_id)
+        self._local = LocalEngines.of(f"{vllm_config.kv_transfer_config.engine_id} {setup.configuration}")
         if role == KVConnectorRole.SCHEDULER:
             self._scheduler = self._local.scheduler = SchedulerSide(setup)
             self._stats = StatsSource("leader", self._scheduler.leader)

@@ -41,7 +41,7 @@ class LocalEngines:
 
     @classmethod
     def of(cls, engine_id: str) -> LocalEngines:
-        """Return the one of an engine; it lives as long as one of its halves."""
+        """Return the one of an engine, or of one of its connectors; it lives as long as one of its halves."""
         found = cls._by_engine.get(engine_id)
         if found is None:
             found = cls._by_engine[engine_id] = cls()
@@ -49,6 +49,12 @@ class LocalEngines:
 
     def drain(self) -> None:
         """Step until nothing is on its way, or for 30 seconds; once, and only if this is the whole engine."""
+        try:
+            self._drain()
+        except Exception:  # an end must come to its end
+            logger.exception("kvconnect: not everything reached the stores")
+
+    def _drain(self) -> None:
         scheduler, worker = self.scheduler, self.worker
         self.scheduler = self.worker = None
         if scheduler is None or worker is None or scheduler.num_ranks > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,32 +21,36 @@ def to_vllm_events(events: Sequence[Any]) -> list[Any]:
     """
     translated: list[Any] = []
     for event in events:
-        if isinstance(event, BlocksStored):
-            translated.append(
-                BlockStored(
-                    block_hashes=list(event.block_hashes),
-                    parent_block_hash=event.parent_hash,
-                    token_ids=list(event.tokens),
-                    block_size=event.block_size,
-                    lora_id=None,
-                    medium=_medium(event.tier),
-                    lora_name=None,
-                    group_idx=event.group,
-                    ownership=event.tier_name,
-                )
-            )
-        elif isinstance(event, BlocksRemoved):
-            translated.append(
-                BlockRemoved(
-                    block_hashes=list(event.block_hashes),
-                    medium=_medium(event.tier),
-                    group_idx=event.group,
-                    ownership=event.tier_name,
-                )
-            )
-        elif isinstance(event, CacheCleared):
-            translated.append(AllBlocksCleared())
+        with contextlib.suppress(TypeError, AttributeError):  # fields of no shape that could be published
+            translated += _translate(event)
     return translated
+
+
+def _translate(event: Any) -> list[Any]:
+    if isinstance(event, BlocksStored):
+        return [
+            BlockStored(
+                block_hashes=list(event.block_hashes),
+                parent_block_hash=event.parent_hash,
+                token_ids=list(event.tokens),
+                block_size=event.block_size,
+                lora_id=None,
+                medium=_medium(event.tier),
+                lora_name=None,
+                group_idx=event.group,
+                ownership=event.tier_name,
+            )
+        ]
+    if isinstance(event, BlocksRemoved):
+        return [
+            BlockRemoved(
+                block_hashes=list(event.block_hashes),
+                medium=_medium(event.tier),
+                group_idx=event.group,
+                ownership=event.tier_name,
+            )
+        ]
+    return [AllBlocksCleared()] if isinstance(event, CacheCleared) else []
 
 
 def _medium(tier: int) -> str:

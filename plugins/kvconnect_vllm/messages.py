@@ -15,9 +15,10 @@ __all__ = ["Handshake", "StepPlan", "StepReports"]
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):  # type: ignore[misc]  # Any where vLLM is not installed
-    """One rank's `get_handshake_metadata`."""
+    """One rank's `get_handshake_metadata`, and whose it is: `MultiConnector` gives every child the first one's."""
 
     data: bytes
+    configuration: str
 
 
 @dataclass
@@ -28,7 +29,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
         step: Its number.
         plan: The leader's plan, None if there is none.
         idle: Whether the step computes nothing.
-        loading: Pages that the step loads before it computes: those that failed if no load of it can be trusted.
+        loading: Parked requests whose load ends with this step, and the pages that it fills, by layer group.
         lost_pages: Pages that nobody will load although vLLM counts on them.
         parking: Requests that vLLM parks from this step on.
         lost_loads: Parked requests whose load nobody waits for any more.
@@ -39,7 +40,7 @@ class StepPlan(KVConnectorMetadata):  # type: ignore[misc]
     step: int
     plan: bytes | None
     idle: bool = False
-    loading: frozenset[int] = frozenset()
+    loading: dict[str, tuple[frozenset[int], ...]] = field(default_factory=dict)
     lost_pages: frozenset[int] = frozenset()
     parking: frozenset[str] = frozenset()
     lost_loads: frozenset[str] = frozenset()
@@ -53,13 +54,19 @@ class StepReports(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     Attributes:
         reports: By rank, `build_worker_report`.
+        bad_pages: Pages that the rank's own loads did not fill; only with one layer group.
         loads_ended: By rank, requests whose asynchronous load touches no page any more.
     """
 
     reports: dict[int, bytes] = field(default_factory=dict)
+    bad_pages: frozenset[int] = frozenset()
     loads_ended: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> StepReports:
         """Join the words of different ranks."""
         assert isinstance(other, StepReports), f"a report of another connector: {type(other).__name__}"
-        return StepReports(self.reports | other.reports, self.loads_ended | other.loads_ended)
+        return StepReports(
+            reports=self.reports | other.reports,
+            bad_pages=self.bad_pages | other.bad_pages,
+            loads_ended=self.loads_ended | other.loads_ended,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ _COUNTERS = {
 
 @dataclass
 class KVConnectStats(KVConnectorStats):  # type: ignore[misc]  # Any where vLLM is not installed
-    """What was counted in an interval, by ``half.counter``; ``half.hook_seconds``; ``failures.half.hook``."""
+    """What an interval counted: ``half.counter``, ``half.hook_seconds``, ``failures.half.hook`` and ``.store.call``."""
 
     def reset(self) -> None:
         """Count from nothing again."""
@@ -74,7 +74,7 @@ class StatsSource:
         """Begin with what the half has counted so far unseen."""
         self._half = half
         self._driver = driver
-        self._seen: Counter[str] = Counter()
+        self._seen: defaultdict[str, float] = defaultdict(float)
         self._next_at = 0.0
 
     def take(self, *, at_once: bool) -> KVConnectStats | None:
@@ -84,13 +84,17 @@ class StatsSource:
             return None
         self._next_at = now + _INTERVAL_S
         stats = self._driver.get_stats()
-        counted = {f"{self._half}.{name}": stats.get(name, 0) for name in _COUNTERS[self._half]}
+        counted = {f"{self._half}.{name}": stats.get(name) for name in _COUNTERS[self._half]}
         counted[f"{self._half}.hook_seconds"] = stats["hooks"]["seconds"]
         counted.update({f"failures.{hook}": count for hook, count in stats["hooks"]["failures"].items()})
-        if self._half == "worker":
-            counted.update({f"failures.store.{kind}": n for kind, n in stats.get("failures", {}).items()})
-        added = {name: value - self._seen[name] for name, value in counted.items() if value != self._seen[name]}
-        self._seen = Counter(counted)
+        failures = stats.get("failures")
+        if self._half == "worker" and isinstance(failures, dict):
+            counted.update({f"failures.store.{kind}": count for kind, count in failures.items()})
+        added: dict[str, Any] = {}
+        for name, value in counted.items():  # what is missing or strange this time is told the next time
+            if isinstance(value, (int, float)) and value > self._seen[name]:
+                added[name] = value - self._seen[name]
+                self._seen[name] = value
         return KVConnectStats(data=added) if added else None
 
 

@@ -25,6 +25,8 @@ def request_view(request: Any) -> RequestView:
             adapter = _adapter(request)
         except ConfigError as error:
             reason = str(error)
+        except Exception as error:  # whatever a caller's parameters or an adapter's files make of themselves
+            reason = f"{type(error).__name__}: {error}"
     return RequestView(
         request_id=request.request_id,
         tokens=request.all_token_ids,

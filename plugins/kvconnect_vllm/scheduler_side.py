@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
+import msgspec
 from vllm.v1.request import RequestStatus
 
 from kvconnect.driver import LeaderDriver, open_leader
-from kvconnect.protocol import Match, RequestView, ScheduledRequest, SchedulerOutput
+from kvconnect.errors import MetadataError
+from kvconnect.protocol import Match, Report, RequestView, ScheduledRequest, SchedulerOutput
 from kvconnect_vllm.config import EngineSetup
 from kvconnect_vllm.messages import Handshake, StepPlan, StepReports
 from kvconnect_vllm.requests import request_view
@@ -72,7 +74,6 @@ class _Known:
         num_told: Tokens that the leader was told of in plans, the prompt included.
         named: Whether a plan has named it since it arrived or was reset.
         parked: Whether it waits for an asynchronous load, or has waited and was not yet scheduled.
-        num_preemptions: vLLM's count when we last looked.
         failed_loads: How many of its loads failed.
         offered_at: Tokens that were computed when the last offer was made.
         offer: That offer.
@@ -81,7 +82,6 @@ class _Known:
     __slots__ = (
         "failed_loads",
         "named",
-        "num_preemptions",
         "num_told",
         "offer",
         "offered_at",
@@ -96,7 +96,6 @@ class _Known:
         self.num_told = len(view.tokens)
         self.named = False
         self.parked = False
-        self.num_preemptions = 0
         self.failed_loads = 0
         self.offered_at = 0
         self.offer = Match(0, False)
@@ -140,7 +139,7 @@ class SchedulerSide:
         self._lost_pages: set[int] = set()
         self._parking: set[str] = set()
         self._lost_loads: set[str] = set()
-        self._loading: set[int] = set()
+        self._loading: dict[str, tuple[frozenset[int], ...]] = {}
         self._step = 0
         self._pool: Any = None
         self._tables_of: Callable[[str], Sequence[Sequence[int]]] | None = None
@@ -156,8 +155,17 @@ class SchedulerSide:
         self._null_page = self._pool.null_block.block_id
 
     def set_handshakes(self, handshakes: Mapping[int, Handshake]) -> None:
-        """Hand over what each rank's worker said of its cache."""
-        self.leader.set_handshake_metadata([handshakes[rank].data for rank in sorted(handshakes)])
+        """Hand over what each rank's worker said of its cache.
+
+        Two connectors under one `MultiConnector` both get the first one's: then this one stays off, as it has none.
+        """
+        mine = [handshakes[rank] for rank in sorted(handshakes)]
+        if not all(isinstance(each, Handshake) and each.configuration == self._setup.configuration for each in mine):
+            logger.warning(
+                "kvconnect: vLLM gave this connector another's handshake; it offers nothing and saves nothing"
+            )
+            mine = []
+        self.leader.set_handshake_metadata([each.data for each in mine])
 
     # -- one request ---------------------------------------------------------------------------------------------
 
@@ -169,21 +177,28 @@ class SchedulerSide:
         self.leader.on_new_request(known.view)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Ask what could be loaded; vLLM asks at every step in which the request might be scheduled."""
+        """Ask what could be loaded; vLLM asks at every step in which the request might be scheduled.
+
+        What a leader offers to load within the step is parked too, until that step has run. vLLM (0.32) shares a page
+        that is loaded within a step before it is loaded, relies on its owner to compute it if that fails, though the
+        owner may be aborted first, and with asynchronous scheduling keeps the token of the step after.
+        """
         known = self._known[request.request_id]
         if known.named or known.parked:  # it was preempted, or its load failed as a whole: it begins again
             self._reset(known)
-        if known.failed_loads >= _MAX_FAILED_LOADS:
+        if known.failed_loads >= _MAX_FAILED_LOADS or request.request_id in self._parked:
             return 0, False
         known.offer = self.leader.get_num_new_matched_tokens(known.view, num_computed_tokens)
         known.offered_at = num_computed_tokens
-        return known.offer
+        return known.offer.num_tokens, bool(known.offer.num_tokens)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Tell of an allocation; not of the second one, which vLLM makes when an asynchronous load has ended."""
         known = self._known[request.request_id]
         if known.parked and not num_external_tokens:
             known.parked = False
+            if known.failed_loads and not known.offer.load_async:  # it goes on from the first bad block
+                self._reset(known)
             return
         tables = BlockTables(self._setup.num_groups, blocks.get_block_ids, self._null_page)
         offered = known.offer.num_tokens or 0
@@ -195,20 +210,17 @@ class SchedulerSide:
             return
         size = self._setup.block_size
         ordinals = range(start // size, (start + num_external_tokens) // size)
-        pages = frozenset(table[i] for table in tables for i in ordinals if i < len(table) and table[i] >= 0)
-        if known.offer.load_async:
-            known.parked = True
-            self._parking.add(request.request_id)
-            held = [block for group in blocks.blocks for block in list(group)[ordinals.start : ordinals.stop]]
-            self._parked[request.request_id] = _Parked(pages, held, range(self._setup.num_ranks))
-            if not told:  # nobody will load, and nobody will touch the pages
-                self._lose_load(request.request_id, pages)
-                del self._parked[request.request_id]
-        elif told:
-            self._loading |= pages
-        else:
-            known.failed_loads += 1
-            self._lost_pages |= pages
+        by_group = tuple(frozenset(table[i] for i in ordinals if i < len(table) and table[i] >= 0) for table in tables)
+        pages = frozenset().union(*by_group)
+        known.parked = True
+        self._parking.add(request.request_id)
+        if not told:  # nobody will load, and nobody will touch the pages
+            self._lose_load(request.request_id, pages)
+            return
+        held = [block for group in blocks.blocks for block in list(group)[ordinals.start : ordinals.stop]]
+        self._parked[request.request_id] = _Parked(pages, held, range(self._setup.num_ranks))
+        if not known.offer.load_async:
+            self._loading[request.request_id] = by_group
 
     def request_finished(self, request: Any, block_ids: Sequence[Sequence[int]]) -> bool:
         """Tell that a request ended; True if vLLM must keep its pages until a worker reports it as saved."""
@@ -269,9 +281,11 @@ class SchedulerSide:
             failed: Parked requests that vLLM takes back whole.
         """
         if reports is not None:
-            ranks = range(self._setup.num_ranks)
-            self.leader.update_connector_output([reports.reports.get(rank, b"") for rank in ranks])
-        for request_id in failed:
+            said = [reports.reports.get(rank, b"") for rank in range(self._setup.num_ranks)]
+            if bad_pages - reports.bad_pages:  # another connector's: what was computed on them is garbage
+                said = [_failed(report, "another connector's load failed") for report in said]
+            self.leader.update_connector_output(said)
+        for request_id in failed if self._setup.num_groups > 1 else ():
             if request_id in self._known:
                 self._known[request_id].failed_loads += 1
         if bad_pages:
@@ -297,7 +311,8 @@ class SchedulerSide:
         known.parked = False
         described = ScheduledRequest(
             request_id=request.request_id,
-            num_computed_tokens=request.num_computed_tokens,
+            # planned ahead, vLLM counts drafts that nobody has verified
+            num_computed_tokens=min(request.num_computed_tokens, len(tokens)),
             num_scheduled_tokens=count,
             num_tokens=len(tokens),
             new_tokens=tokens[known.num_told :],
@@ -332,14 +347,14 @@ class SchedulerSide:
             step=step,
             plan=plan,
             idle=idle,
-            loading=frozenset(self._loading),
+            loading=self._loading,
             lost_pages=frozenset(self._lost_pages),
             parking=frozenset(self._parking),
             lost_loads=frozenset(self._lost_loads),
             saving=frozenset(self._newly_saving),
             lost_saves=frozenset(lost_saves),
         )
-        self._loading, self._lost_pages, self._newly_saving = set(), set(), set()
+        self._loading, self._lost_pages, self._newly_saving = {}, set(), set()
         self._parking, self._lost_loads = set(), set()
         return taken
 
@@ -372,7 +387,7 @@ class SchedulerSide:
                     self._pool.free_blocks([block for block in parked.blocks if not block.is_null])
 
     def _take_back(self, bad_pages: set[int]) -> None:
-        """Let everybody begin again who has a bad page: vLLM shares a page with others before its load has ended."""
+        """Tell the leader of everybody who begins again: our parked loads, and whom another connector's load failed."""
         for request_id, known in self._known.items():
             if known.request.status == RequestStatus.WAITING_FOR_REMOTE_KVS:
                 parked = self._parked.get(request_id)
@@ -382,3 +397,11 @@ class SchedulerSide:
                 if pages is None or not bad_pages.isdisjoint(pages):
                     known.failed_loads += 1
                     self._reset(known)
+
+
+def _failed(report: bytes, why: str) -> bytes:
+    """Return a report that says that nothing of its step can be trusted; empty if it is of a format of its own."""
+    try:
+        return msgspec.structs.replace(Report.decode(report), error=why).encode()
+    except MetadataError:
+        return b""

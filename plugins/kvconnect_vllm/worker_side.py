@@ -52,6 +52,7 @@ class WorkerSide:
         self._saved = True
         self._saving: set[str] = set()  # vLLM waits for each of these, and for nobody else
         self._parked: set[str] = set()
+        self._bad_pages: list[set[int]] | None = []  # by layer group; None if no load of the step can be trusted
         self._loaded: frozenset[str] = frozenset()  # ended in this step
 
     def register_kv_caches(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -65,7 +66,7 @@ class WorkerSide:
 
     def get_handshake(self) -> Handshake:
         """Return what the leader must know of this rank's cache."""
-        return Handshake(self.worker.get_handshake_metadata())
+        return Handshake(self.worker.get_handshake_metadata(), self._setup.configuration)
 
     def bind(self, plan: StepPlan) -> None:
         """Begin a step, before anything of it writes to a page."""
@@ -77,12 +78,16 @@ class WorkerSide:
         self.worker.bind(plan.plan, plan.step)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Wait until the layer may be attended to."""
-        self.worker.wait_for_layer_load(self._layers[layer_name])
+        """Wait until the layer may be attended to; layers that use another's cache wait with that one."""
+        layer = self._layers.get(layer_name)
+        if layer is not None:
+            self.worker.wait_for_layer_load(layer)
 
     def save_kv_layer(self, layer_name: str) -> None:
-        """Tell that the layer's KV is in the pages."""
-        self.worker.save_kv_layer(self._layers[layer_name])
+        """Tell that the layer's KV is in the pages; layers that use another's cache have none."""
+        layer = self._layers.get(layer_name)
+        if layer is not None:
+            self.worker.save_kv_layer(layer)
 
     def wait_for_save(self) -> None:
         """Return when the pages may be written again; once a step.
@@ -105,11 +110,16 @@ class WorkerSide:
         vLLM repeats empty steps as fast as it can while something is on its way; the threads that bring it need the
         interpreter too, so that such a step takes a moment.
         """
-        self.wait_for_save()
         now = self._now
+        for layer in self._layers.values() if now.loading else ():
+            self.worker.wait_for_layer_load(layer)
+        self.wait_for_save()
         if now.idle:
             time.sleep(_IDLE_S)
         saved, loaded, failed = self.worker.get_finished(now.saving)
+        self._bad_pages = self.worker.get_block_ids_with_load_errors()
+        loaded |= now.loading.keys()
+        failed |= {request_id for request_id, pages in now.loading.items() if self._is_bad(pages)}
         self._loaded = frozenset(loaded)
         told_saved = (saved | now.lost_saves) & self._saving
         told_loaded = (loaded | now.lost_loads) & self._parked
@@ -118,13 +128,27 @@ class WorkerSide:
         return Ended(set(told_saved), set(told_loaded), set((failed | now.lost_loads) & told_loaded))
 
     def get_bad_pages(self) -> set[int]:
-        """Return the pages of this step's loads that vLLM must take back; empty with several layer groups."""
-        if self._setup.num_groups > 1:  # pages are named without their group; what failed is named by request
+        """Return the pages of this step's loads that vLLM must take back, after `get_ended`.
+
+        None with several layer groups: vLLM names pages without their group; what failed is named by request.
+        """
+        if self._setup.num_groups > 1:
             return set()
-        pages = self.worker.get_block_ids_with_load_errors()
-        bad = set(self._now.loading) if pages is None else set(pages[0])
+        if self._bad_pages is None:
+            bad = {page for pages in self._now.loading.values() for page in pages[0]}
+        else:
+            bad = self._bad_pages[0]
         return (bad | self._now.lost_pages) - {-1}
 
     def build_reports(self) -> StepReports:
         """Return this rank's report, for the leader."""
-        return StepReports({self._rank: self.worker.build_worker_report()}, {self._rank: self._loaded})
+        return StepReports(
+            reports={self._rank: self.worker.build_worker_report()},
+            bad_pages=frozenset(self.get_bad_pages()),
+            loads_ended={self._rank: self._loaded},
+        )
+
+    def _is_bad(self, pages: tuple[frozenset[int], ...]) -> bool:
+        if self._bad_pages is None:
+            return True
+        return any(not bad.isdisjoint(mine) for bad, mine in zip(self._bad_pages, pages, strict=True))

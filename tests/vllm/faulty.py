@@ -6,6 +6,8 @@ import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import msgspec
+
 from kvconnect import BlockStore, Capabilities, Connector, Options, StoreCapabilities, StoreContext, hookimpl
 from kvconnect.leader import OffloadLeader
 from kvconnect.protocol import BlockKey, LeaderContext, WorkerContext
@@ -81,9 +83,10 @@ class FaultyStore(BlockStore):
 
 
 class FaultyOptions(Options, frozen=True):
-    """``load`` is how it offers: in the step, or parked."""
+    """`parks` lets it offer asynchronous loads only."""
 
     capacity: int = 1 << 20
+    parks: bool = False
 
 
 class FaultyConnector(Connector):
@@ -95,7 +98,8 @@ class FaultyConnector(Connector):
     )
 
     def make_leader(self, options: FaultyOptions, context: LeaderContext) -> OffloadLeader:
-        return OffloadLeader(context)
+        engine = msgspec.structs.replace(context.engine, sync_load=not options.parks)
+        return OffloadLeader(msgspec.structs.replace(context, engine=engine))
 
     def make_worker(self, options: FaultyOptions, context: WorkerContext) -> Any:
         from kvconnect.protocol import Finished
@@ -104,7 +108,7 @@ class FaultyConnector(Connector):
         class FaultyWorker(OffloadWorker):
             def __init__(self, context: WorkerContext, *, capacity: int) -> None:
                 super().__init__(context, capacity=capacity)
-                self._kept_back: set[str] = set()
+                self._kept_back: tuple[frozenset[str], frozenset[str]] = (frozenset(), frozenset())
 
             def start_load_kv(self) -> None:
                 for move in self._now.loads[-Faults.lose :] if Faults.lose else ():
@@ -120,11 +124,10 @@ class FaultyConnector(Connector):
 
             def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
                 saved, loaded, failed = super().get_finished(finished_req_ids)
+                loaded, failed = loaded | self._kept_back[0], failed | self._kept_back[1]
+                self._kept_back = (frozenset(), frozenset())
                 if Faults.silent:
-                    self._kept_back |= loaded
-                    return Finished(saved, frozenset(), frozenset())
-                loaded |= self._kept_back
-                self._kept_back = set()
+                    self._kept_back, loaded, failed = (loaded, failed), frozenset(), frozenset()
                 return Finished(saved, loaded, failed)
 
         return FaultyWorker(context, capacity=options.capacity)

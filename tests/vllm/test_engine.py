@@ -110,7 +110,6 @@ def test_hybrid_windows(tmp_path: Path) -> None:
     with open_engine(gemma, connector) as engine:
         assert len(engine.scheduler.kv_cache_config.kv_cache_groups) > 1
         twice(engine, expected)
-        assert engine.stats["parked_loads"] == 3  # vLLM can take back parked loads only
     with open_engine(gemma, connector, max_num_batched_tokens=64) as engine:
         assert engine.generate(PROMPTS, 40) == expected
         assert engine.cached == LOADED

@@ -154,19 +154,26 @@ def test_load_that_fails_is_computed(folder: Path, shape: str, ranks: int, async
         assert engine.garbage_read == before, "what was computed on a failed load was saved and loaded"
 
 
-def test_what_others_compute_on_a_page_whose_load_fails_is_never_loaded(folder: Path) -> None:
-    """VLLM shares a page before its load has ended; the second request is not named in any load error."""
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_nobody_stands_on_a_page_whose_load_fails(folder: Path, shape: str, async_scheduling: bool) -> None:
+    """VLLM would share a page that is loaded within a step, and rely on its owner to compute it, aborted or not."""
     stem, first, second = prompt(0, 128), prompt(1, 40), prompt(2, 80)
-    with SteppedEngine(folder, "losing://") as engine:
-        engine.generate([*stem, 1])
-        forget_device(engine)
-        Faults.lose = 1
-        engine.generate([*stem, *first], [*stem, *second])
-        assert engine.garbage_read >= 2, "nobody shared the page: this shows nothing"
-        before = engine.garbage_read
-        forget_device(engine)
-        engine.generate([*stem, *second, 3, 4])
-        assert engine.garbage_read == before
+    for steps in range(5):
+        with SteppedEngine(folder, "losing://", shape=shape, async_scheduling=async_scheduling) as engine:
+            engine.generate([*stem, 1])
+            forget_device(engine)
+            Faults.lose = 1
+            owner, other = engine.add([*stem, *first]), engine.add([*stem, *second])
+            for _ in range(steps):
+                engine.step()
+            engine.abort(owner)
+            assert engine.run(other) == [expected([*stem, *second], 4)]
+            Faults.lose = 0
+            engine.generate([*stem, 1, 2, 3])
+            forget_device(engine)
+            engine.generate([*stem, *second, 3, 4])
+            assert engine.garbage_read == 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -265,7 +272,7 @@ def test_load_that_nobody_reports_is_given_up(
     folder: Path, shape: str, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kvconnect_vllm.scheduler_side, "_LOAD_DEADLINE_S", 0.3)
-    with SteppedEngine(folder, "losing://", shape=shape, num_ranks=ranks, async_scheduling=True) as engine:
+    with SteppedEngine(folder, "losing://?parks=true", shape=shape, num_ranks=ranks) as engine:
         engine.generate(prompt(0, 200))
         forget_device(engine)
         Faults.silent = True
@@ -455,7 +462,13 @@ def test_random_schedules(folder: Path, seed: int) -> None:
         "prefix_caching": rng.random() < 0.8,
     }
     connector = rng.choice(
-        ["losing://?capacity=40000", "losing://", [f"host://?capacity={rng.choice([1, 4]) * 50_000}", BELOW[1]], BELOW]
+        [
+            "losing://?capacity=40000",
+            "losing://",
+            "losing://?parks=true",
+            [f"host://?capacity={rng.choice([1, 4]) * 50_000}", BELOW[1]],
+            BELOW,
+        ]
     )
     stems = [prompt(seed * 10 + i, rng.randrange(40, 160)) for i in range(3)]
     for _ in range(2):
