@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["VOCABULARY", "save_adapter", "save_gemma3", "save_llama"]
+__all__ = ["VOCABULARY", "save_adapter", "save_gemma3", "save_gemma3n", "save_llama"]
 
 VOCABULARY = 512
 
@@ -39,6 +39,26 @@ def save_gemma3(folder: Path) -> Path:
     torch.manual_seed(0)
     config = Gemma3TextConfig(**{**_SHAPE, "num_hidden_layers": 6, "sliding_window": 96, "query_pre_attn_scalar": 64})
     Gemma3ForCausalLM(config).save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def save_gemma3n(folder: Path) -> Path:
+    """Save a Gemma3n whose last two layers use the cache of layers before them."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        **{**_SHAPE, "num_hidden_layers": 6, "sliding_window": 96},
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=32,
+        num_kv_shared_layers=2,
+        layer_types=["full_attention"] * 6,
+        activation_sparsity_pattern=[0.0] * 6,
+        laurel_rank=16,
+        altup_num_inputs=2,
+        pad_token_id=0,
+    )
+    Gemma3nForCausalLM(config).save_pretrained(folder)
     return _with_tokenizer(folder)
 
 

@@ -11,7 +11,7 @@ import pytest
 import kvconnect
 from tests.vllm.engines import BLOCK_SIZE, Engine, open_engine, prompts_of, transfer_config
 from tests.vllm.faulty import Faults
-from tests.vllm.models import save_adapter, save_gemma3
+from tests.vllm.models import save_adapter, save_gemma3, save_gemma3n
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = prompts_of(100, 205, 310)
@@ -113,6 +113,14 @@ def test_hybrid_windows(tmp_path: Path) -> None:
     with open_engine(gemma, connector, max_num_batched_tokens=64) as engine:
         assert engine.generate(PROMPTS, 40) == expected
         assert engine.cached == LOADED
+
+
+def test_layers_that_use_the_cache_of_others(tmp_path: Path) -> None:
+    gemma = save_gemma3n(tmp_path / "gemma3n")
+    with open_engine(gemma) as engine:
+        expected = engine.generate(PROMPTS, 20)
+    with open_engine(gemma, "host://?capacity=64MiB") as engine:
+        twice(engine, expected, 20)
 
 
 def test_chunked_prefill_and_preemption(folder: Path, expected: list[list[int]]) -> None:
