@@ -56,6 +56,8 @@ class EngineSetup(NamedTuple):
         capabilities: What this vLLM can do for it.
         block_size: Tokens a block, the same in every layer group.
         num_groups: Layer groups.
+        page_errors: Whether vLLM can go on from the first page that was not loaded. Not with several groups, for it is
+            told pages without their group; nor with a window, for what a shorter prefix needs was never loaded.
         num_ranks: Tensor-parallel workers.
         local_ranks: Those of them on one machine.
     """
@@ -66,6 +68,7 @@ class EngineSetup(NamedTuple):
     capabilities: EngineCapabilities
     block_size: int
     num_groups: int
+    page_errors: bool
     num_ranks: int
     local_ranks: int
 
@@ -86,11 +89,12 @@ def read_setup(vllm_config: Any, kv_cache_config: Any) -> EngineSetup:
     extra = _extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
     resolved = resolve_connector(extra.connector)
     num_groups = len(kv_cache_config.kv_cache_groups)
+    windows = [getattr(group.kv_cache_spec, "sliding_window", None) for group in kv_cache_config.kv_cache_groups]
+    page_errors = windows == [None]
     parallel = vllm_config.parallel_config
     capabilities = EngineCapabilities(
         can_ask_again=True,
-        # vLLM names pages without their group, so that with several groups it takes back whole requests
-        load_errors="block" if num_groups == 1 else "request",
+        load_errors="block" if page_errors else "request",
         async_load=True,
         reports=True,
         handshake=True,
@@ -106,6 +110,7 @@ def read_setup(vllm_config: Any, kv_cache_config: Any) -> EngineSetup:
         capabilities=capabilities,
         block_size=block_size,
         num_groups=num_groups,
+        page_errors=page_errors,
         num_ranks=parallel.tensor_parallel_size,
         local_ranks=min(parallel.tensor_parallel_size, parallel.local_world_size),
     )

@@ -285,7 +285,7 @@ class SchedulerSide:
             if bad_pages - reports.bad_pages:  # another connector's: what was computed on them is garbage
                 said = [_failed(report, "another connector's load failed") for report in said]
             self.leader.update_connector_output(said)
-        for request_id in failed if self._setup.num_groups > 1 else ():
+        for request_id in failed if not self._setup.page_errors else ():
             if request_id in self._known:
                 self._known[request_id].failed_loads += 1
         if bad_pages:
@@ -370,7 +370,7 @@ class SchedulerSide:
     def _lose_load(self, request_id: str, pages: frozenset[int]) -> None:
         """Have the workers say that a parked request's load has ended and failed; it is not asked about again."""
         self._lost_loads.add(request_id)
-        if self._setup.num_groups == 1:
+        if self._setup.page_errors:
             self._lost_pages |= pages
         if request_id in self._known:
             self._known[request_id].failed_loads = _MAX_FAILED_LOADS

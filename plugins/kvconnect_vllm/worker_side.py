@@ -125,14 +125,17 @@ class WorkerSide:
         told_loaded = (loaded | now.lost_loads) & self._parked
         self._saving -= told_saved
         self._parked -= told_loaded
-        return Ended(set(told_saved), set(told_loaded), set((failed | now.lost_loads) & told_loaded))
+        told_failed = (failed | now.lost_loads) & told_loaded
+        if self._setup.page_errors:  # those of this very step are told by page: the good ones before stay
+            told_failed -= now.loading.keys()
+        return Ended(set(told_saved), set(told_loaded), set(told_failed))
 
     def get_bad_pages(self) -> set[int]:
         """Return the pages of this step's loads that vLLM must take back, after `get_ended`.
 
-        None with several layer groups: vLLM names pages without their group; what failed is named by request.
+        None where vLLM can only begin again: there `get_ended` names the requests that failed.
         """
-        if self._setup.num_groups > 1:
+        if not self._setup.page_errors:
             return set()
         if self._bad_pages is None:
             bad = {page for pages in self._now.loading.values() for page in pages[0]}

@@ -41,6 +41,7 @@ SIZE = 32  # tokens a block: the CPU platform's smallest
 _GEOMETRIES = {
     "full": KVGeometry(((0, 1),), (None,), 2, 4, torch.float32),
     "mixed": KVGeometry(((0, 2), (1,)), (None, 70), 2, 4, torch.float32),
+    "window": KVGeometry(((0, 1),), (70,), 2, 4, torch.float32),
 }
 _numbers = itertools.count()
 
@@ -158,12 +159,14 @@ class SteppedEngine:
         self.garbage_read = 0
         self._num_preemptions = 0
         self.check_pages = True
+        self.num_scheduled_last = 0  # the most tokens of a step since a request was added
         self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
 
     # -- requests ----------------------------------------------------------------------------------------------
 
     def add(self, prompt: Sequence[int], count: int = 4, **fields: Any) -> str:
         """Queue a prompt that asks for `count` tokens."""
+        self.num_scheduled_last = 0
         request_id = f"r{next(_numbers)}"
         extra = fields.pop("kv_transfer_params", None)
         params = SamplingParams(
@@ -236,6 +239,7 @@ class SteppedEngine:
         """Schedule and run a step; take it, or with asynchronous scheduling the one before it."""
         scheduled = self.scheduler.schedule()
         self._num_preemptions += len(scheduled.preempted_req_ids or ())
+        self.num_scheduled_last = max(scheduled.total_num_scheduled_tokens, self.num_scheduled_last)
         self._in_flight.append(self._run(scheduled))
         keep = 1 if self._async and scheduled.total_num_scheduled_tokens else 0
         while len(self._in_flight) > keep:
