@@ -57,7 +57,7 @@ class LocalEngines:
     def _drain(self) -> None:
         scheduler, worker = self.scheduler, self.worker
         self.scheduler = self.worker = None
-        if scheduler is None or worker is None or scheduler.num_ranks > 1:
+        if scheduler is None or worker is None or scheduler.setup.num_ranks > 1:
             return
         deadline = time.monotonic() + _DRAIN_S
         while scheduler.leader.has_pending_work():
@@ -67,7 +67,6 @@ class LocalEngines:
             worker.bind(scheduler.empty_step())
             worker.worker.start_load_kv()
             worker.get_ended()
-            worker.get_bad_pages()
             scheduler.update_connector_output(worker.build_reports(), set(), set())
 
 

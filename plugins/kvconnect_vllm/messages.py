@@ -54,7 +54,7 @@ class StepReports(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     Attributes:
         reports: By rank, `build_worker_report`.
-        bad_pages: Pages that the rank's own loads did not fill; only with one layer group.
+        bad_pages: Pages that the ranks' own loads did not fill, where vLLM takes back single pages.
         loads_ended: By rank, requests whose asynchronous load touches no page any more.
     """
 

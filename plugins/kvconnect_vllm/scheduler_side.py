@@ -115,7 +115,14 @@ class _Parked:
 
 
 class SchedulerSide:
-    """One leader under vLLM's scheduler. One thread calls it."""
+    """One leader under vLLM's scheduler. One thread calls it.
+
+    Attributes:
+        setup: What it was started with.
+        leader: The leader.
+        num_lost_loads: Loads that were given up because nobody reported them in time.
+        num_lost_saves: Saves of ended requests that were.
+    """
 
     def __init__(self, setup: EngineSetup) -> None:
         """Open the leader.
@@ -131,7 +138,7 @@ class SchedulerSide:
             num_ranks=setup.num_ranks,
             num_groups=setup.num_groups,
         )
-        self._setup = setup
+        self.setup = setup
         self._known: dict[str, _Known] = {}
         self._parked: dict[str, _Parked] = {}
         self._saving: dict[str, float] = {}  # ended requests whose pages are kept -> when that ends
@@ -144,7 +151,6 @@ class SchedulerSide:
         self._pool: Any = None
         self._tables_of: Callable[[str], Sequence[Sequence[int]]] | None = None
         self._null_page = 0
-        self.num_ranks = setup.num_ranks
         self.num_lost_loads = 0
         self.num_lost_saves = 0
 
@@ -160,7 +166,7 @@ class SchedulerSide:
         Two connectors under one `MultiConnector` both get the first one's: then this one stays off, as it has none.
         """
         mine = [handshakes[rank] for rank in sorted(handshakes)]
-        if not all(isinstance(each, Handshake) and each.configuration == self._setup.configuration for each in mine):
+        if not all(isinstance(each, Handshake) and each.configuration == self.setup.configuration for each in mine):
             logger.warning(
                 "kvconnect: vLLM gave this connector another's handshake; it offers nothing and saves nothing"
             )
@@ -200,7 +206,7 @@ class SchedulerSide:
             if known.failed_loads and not known.offer.load_async:  # it goes on from the first bad block
                 self._reset(known)
             return
-        tables = BlockTables(self._setup.num_groups, blocks.get_block_ids, self._null_page)
+        tables = BlockTables(self.setup.num_groups, blocks.get_block_ids, self._null_page)
         offered = known.offer.num_tokens or 0
         start = known.offered_at
         told = self.leader.update_state_after_alloc(known.view, tables, num_external_tokens)
@@ -208,7 +214,7 @@ class SchedulerSide:
             self.leader.cancel_load(known.view, start + num_external_tokens, start + offered)
         if not num_external_tokens:
             return
-        size = self._setup.block_size
+        size = self.setup.block_size
         ordinals = range(start // size, (start + num_external_tokens) // size)
         by_group = tuple(frozenset(table[i] for i in ordinals if i < len(table) and table[i] >= 0) for table in tables)
         pages = frozenset().union(*by_group)
@@ -218,7 +224,7 @@ class SchedulerSide:
             self._lose_load(request.request_id, pages)
             return
         held = [block for group in blocks.blocks for block in list(group)[ordinals.start : ordinals.stop]]
-        self._parked[request.request_id] = _Parked(pages, held, range(self._setup.num_ranks))
+        self._parked[request.request_id] = _Parked(pages, held, range(self.setup.num_ranks))
         if not known.offer.load_async:
             self._loading[request.request_id] = by_group
 
@@ -227,7 +233,7 @@ class SchedulerSide:
         known = self._known.pop(request.request_id, None)
         if known is None:
             return False
-        tables = BlockTables(self._setup.num_groups, lambda: block_ids, self._null_page)
+        tables = BlockTables(self.setup.num_groups, lambda: block_ids, self._null_page)
         if not self.leader.request_finished(known.view, tables):
             return False
         self._saving[request.request_id] = float("inf")
@@ -281,11 +287,11 @@ class SchedulerSide:
             failed: Parked requests that vLLM takes back whole.
         """
         if reports is not None:
-            said = [reports.reports.get(rank, b"") for rank in range(self._setup.num_ranks)]
+            said = [reports.reports.get(rank, b"") for rank in range(self.setup.num_ranks)]
             if bad_pages - reports.bad_pages:  # another connector's: what was computed on them is garbage
                 said = [_failed(report, "another connector's load failed") for report in said]
             self.leader.update_connector_output(said)
-        for request_id in failed if not self._setup.page_errors else ():
+        for request_id in failed if not self.setup.page_errors else ():
             if request_id in self._known:
                 self._known[request_id].failed_loads += 1
         if bad_pages:
@@ -317,7 +323,7 @@ class SchedulerSide:
             num_tokens=len(tokens),
             new_tokens=tokens[known.num_told :],
             block_ids=BlockTables(
-                self._setup.num_groups,
+                self.setup.num_groups,
                 lambda: block_state.get_block_ids(request.request_id),
                 self._null_page,
             ),
@@ -370,7 +376,7 @@ class SchedulerSide:
     def _lose_load(self, request_id: str, pages: frozenset[int]) -> None:
         """Have the workers say that a parked request's load has ended and failed; it is not asked about again."""
         self._lost_loads.add(request_id)
-        if self._setup.page_errors:
+        if self.setup.page_errors:
             self._lost_pages |= pages
         if request_id in self._known:
             self._known[request_id].failed_loads = _MAX_FAILED_LOADS

@@ -133,7 +133,7 @@ class WorkerSide:
     def get_bad_pages(self) -> set[int]:
         """Return the pages of this step's loads that vLLM must take back, after `get_ended`.
 
-        None where vLLM can only begin again: there `get_ended` names the requests that failed.
+        Empty where vLLM can only begin again: there `get_ended` names the requests that failed.
         """
         if not self._setup.page_errors:
             return set()
