@@ -35,7 +35,6 @@ __all__ = ["BLOCK", "SHAPES", "KitRequest", "StepEngine", "StepResult"]
 BLOCK = 4
 """Tokens a block in scripted tests."""
 
-_PATIENCE_S = 30.0
 _PAUSE_S = 0.0005
 
 SHAPES: dict[str, KVGeometry] = {
@@ -124,6 +123,7 @@ class StepEngine:
             layer.key.fill_(torch.nan)
             layer.value.fill_(torch.nan)
         self.failures: list[str] = []
+        self._patience_s = target.patience_s
         dtype = kv_dtype or str(self.geometry.dtype).removeprefix("torch.")
         self.leader, self.workers = target.open(
             [self.cache.layout(rank, num_ranks) for rank in range(num_ranks)],
@@ -162,11 +162,11 @@ class StepEngine:
 
     def offer(self, request: KitRequest, computed: int = 0) -> Match:
         """Ask until the answer is not "again next step", with empty steps between."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while (match := self.ask(request, computed)).num_tokens is None:
             must(
                 time.monotonic() < deadline,
-                expected=f"an answer within {_PATIENCE_S:.0f} s",
+                expected=f"an answer within {self._patience_s:.0f} s",
                 got="Match(None, False), again and again",
                 hint="get_num_new_matched_tokens must give up waiting for a store at its deadline",
             )
@@ -287,11 +287,11 @@ class StepEngine:
         Raises:
             BrokenPromise: If it never comes to an end, or never lets go of an ended request's pages.
         """
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while self.leader.has_pending_work() or self._waiting:
             must(
                 time.monotonic() < deadline,
-                expected=f"has_pending_work() to be False within {_PATIENCE_S:.0f} s of empty steps",
+                expected=f"has_pending_work() to be False within {self._patience_s:.0f} s of empty steps",
                 got=f"work without end; requests whose pages were never let go: {sorted(self._waiting) or 'none'}",
                 hint="something is claimed, promised or waited for that nobody will report",
             )
@@ -335,11 +335,11 @@ class StepEngine:
         """Step until every rank has reported the asynchronous load; return whether one said that it failed."""
         ranks: set[int] = set()
         failed = False
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while len(ranks) < len(self.workers):
             must(
                 time.monotonic() < deadline,
-                expected=f"get_finished to name {request.request_id} on every rank within {_PATIENCE_S:.0f} s",
+                expected=f"get_finished to name {request.request_id} on every rank within {self._patience_s:.0f} s",
                 got=f"it was named by ranks {sorted(ranks)} of {len(self.workers)}",
                 hint="an asynchronous load that failed is reported too, among loaded and failed",
             )

@@ -19,12 +19,9 @@ from typing import Any, ClassVar
 import pytest
 
 from kvconnect.testing.promise import BrokenPromise
-from kvconnect.testing.target import Target
+from kvconnect.testing.target import PATIENCE_S, Target
 
 __all__ = ["Kit"]
-
-_DEADLINE_S = 90
-
 
 class Kit:
     """Base of the kits. A test's docstring is the promise; its first line is what reports print.
@@ -59,9 +56,19 @@ class Kit:
         return random.Random(f"{request.node.originalname}:{seed}")
 
     @pytest.fixture
-    def target(self, connector: Any, tmp_path: Path) -> Target:
+    def patience_s(self) -> float:
+        """Seconds after which "not yet" counts as "never"."""
+        return PATIENCE_S
+
+    @pytest.fixture
+    def deadline_s(self, patience_s: float) -> float:
+        """Seconds after which a test that has not ended is broken: somebody hangs."""
+        return 3 * patience_s
+
+    @pytest.fixture
+    def target(self, connector: Any, tmp_path: Path, patience_s: float) -> Target:
         """The connector under test, over a medium of this test's own."""
-        return Target(connector, tmp_path)
+        return Target(connector, tmp_path, patience_s=patience_s)
 
     @pytest.fixture
     def failures(self) -> list[str]:
@@ -69,26 +76,26 @@ class Kit:
         return []
 
     @pytest.fixture(autouse=True)
-    def deadline(self) -> Iterator[None]:
+    def deadline(self, deadline_s: float) -> Iterator[None]:
         """Promise 2: whatever is asked, an answer comes."""
 
         def late(*_: object) -> None:
             raise BrokenPromise(
-                expected=f"an answer within {_DEADLINE_S} s", got="none", hint="a call that never returns"
+                expected=f"an answer within {deadline_s:.0f} s", got="none", hint="a call that never returns"
             )
 
         if threading.current_thread() is not threading.main_thread():  # signals come to that one only
             yield
             return
         before = signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, _DEADLINE_S)
+        signal.setitimer(signal.ITIMER_REAL, deadline_s)
         yield
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
     @pytest.fixture(autouse=True)
-    def no_pickle(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """Promise 6: no bytes are unpickled, whoever wrote them."""
+    def unpickled(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """What was asked to unpickle while the test ran; each call of it is a broken promise where it happens."""
         used: list[str] = []
 
         def forbid(name: str) -> Any:
@@ -100,9 +107,14 @@ class Kit:
 
         for name in ("load", "loads", "Unpickler"):
             monkeypatch.setattr(pickle, name, forbid(f"pickle.{name}"))
+        return used
+
+    @pytest.fixture(autouse=True)
+    def no_pickle(self, unpickled: list[str]) -> Iterator[None]:
+        """Promise 6: no bytes are unpickled, whoever wrote them, and whoever swallowed the error."""
         yield
-        if used:  # the call itself may have been swallowed
-            raise BrokenPromise(expected="no pickle, anywhere", got=f"calls of {', '.join(sorted(set(used)))}")
+        if unpickled:
+            raise BrokenPromise(expected="no pickle, anywhere", got=f"calls of {', '.join(sorted(set(unpickled)))}")
 
     def tokens(self, rng: random.Random, count: int) -> list[int]:
         """Return random token ids."""

@@ -31,7 +31,6 @@ __all__ = ["Setting", "make_prompts", "simulate"]
 
 _VOCABULARY = 97
 _MAX_TOKENS = 6
-_PATIENCE_S = 60.0
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,7 +146,7 @@ def simulate(target: Target, seed: int, setting: Setting, prompts: Sequence[Sequ
         async_scheduling=setting.async_scheduling,
     )
     try:
-        run = _Run(core, runner, rng, setting)
+        run = _Run(core, runner, rng, setting, 2 * target.patience_s)
         for _ in range(rounds):
             run.serve(prompts)
             for pool in cache.pools:
@@ -164,8 +163,11 @@ def simulate(target: Target, seed: int, setting: Setting, prompts: Sequence[Sequ
 class _Run:
     """One engine's life in a simulation."""
 
-    def __init__(self, core: EngineCore, runner: _Runner, rng: random.Random, setting: Setting) -> None:
+    def __init__(
+        self, core: EngineCore, runner: _Runner, rng: random.Random, setting: Setting, patience_s: float
+    ) -> None:
         self.loaded = 0
+        self._patience_s = patience_s
         self._core = core
         self._runner = runner
         self._rng = rng
@@ -177,11 +179,11 @@ class _Run:
         waiting = list(prompts)
         self._rng.shuffle(waiting)
         running: dict[str, EngineRequest] = {}
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while waiting or running:
             must(
                 time.monotonic() < deadline,
-                expected=f"every request to be answered within {_PATIENCE_S:.0f} s",
+                expected=f"every request to be answered within {self._patience_s:.0f} s",
                 got=f"{len(running)} that are not: {sorted(running)}",
                 hint="an answer of Match(None, False) without end, or a load that is never reported",
             )
@@ -195,11 +197,11 @@ class _Run:
 
     def drain(self) -> None:
         """Step until nothing is left to do, and look for what is left over all the same."""
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         while self._core.has_connector_work:
             must(
                 time.monotonic() < deadline,
-                expected=f"has_pending_work() to be False within {_PATIENCE_S:.0f} s of empty steps",
+                expected=f"has_pending_work() to be False within {self._patience_s:.0f} s of empty steps",
                 got="work without end",
             )
             self._step({})

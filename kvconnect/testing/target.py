@@ -23,7 +23,10 @@ from kvconnect.protocol import Capabilities, Connector, EngineCapabilities, KVCa
 from kvconnect.registry import OFFLOAD_CONNECTOR, load_registry
 from kvconnect.store import BlockStore, StoreCapabilities, Tier
 
-__all__ = ["ENGINE", "Target"]
+__all__ = ["ENGINE", "PATIENCE_S", "Target"]
+
+PATIENCE_S = 30.0
+"""A fixture `patience_s` of a kit replaces it."""
 
 ENGINE = ENGINE_CAPABILITIES
 """What the kit's engine can do, unless a test takes something away."""
@@ -39,20 +42,24 @@ class Target:
         folder: Where it may write.
         model: The identity of the model that its blocks belong to: nobody else's, so that no medium need be empty.
         kind: The class under test: a `BlockStore` or a `Connector`.
+        patience_s: Seconds after which a test takes "not yet" for "never".
     """
 
-    def __init__(self, connector: Any, folder: Path) -> None:
+    def __init__(self, connector: Any, folder: Path, *, patience_s: float = PATIENCE_S) -> None:
         """Find out what `connector` means.
 
         Args:
-            connector: What ``connector=`` takes; a `BlockStore` or `Connector` class, or ``"module:Class"``; or such a
-                class and its options as a pair.
+            connector: What ``connector=`` takes; a `BlockStore` or `Connector` class, or ``"module:Class"``; such a
+                class and its options as a pair; or a mapping ``{"class", "options", "as"}``: with ``"as": "host"`` a
+                class of your own takes the offload connector's place, and stores may lie below it.
             folder: Replaces ``{tmp}``, and is given where a ``path`` is needed and missing.
+            patience_s: See above.
 
         Raises:
             KVConnectError: If there is no such thing, or its options are wrong.
         """
         self.folder = folder
+        self.patience_s = patience_s
         self.model = f"id:conformance-{uuid.uuid4().hex}"
         self.registry = load_registry()
         self._imported: dict[str, str] = {}  # names of classes that are not registered -> module:Class
@@ -153,7 +160,7 @@ class Target:
     def portable(self) -> list[dict[str, Any]]:
         """Return the configuration for another process: mappings, with classes as ``module:Class``."""
         return [
-            {"class": self._imported[spec.name], "options": _plain(spec.options)}
+            {"class": self._imported[spec.name], "options": _plain(spec.options), "as": spec.name}
             if spec.name in self._imported
             else {"name": spec.name, **_plain(spec.options)}
             for spec in self.specs
@@ -161,10 +168,11 @@ class Target:
 
     def _spec(self, entry: Any) -> ConnectorSpec:
         options: Mapping[str, Any] = {}
+        name = ""
         if isinstance(entry, tuple):
             entry, options = entry
         if isinstance(entry, dict) and "class" in entry:
-            entry, options = entry["class"], entry.get("options", {})
+            entry, options, name = entry["class"], entry.get("options", {}), entry.get("as", "")
         if isinstance(entry, str) and "://" not in entry and entry.count(":") == 1 and "/" not in entry:
             module, _, attribute = entry.partition(":")
             with contextlib.suppress(ImportError):
@@ -173,7 +181,7 @@ class Target:
         if isinstance(entry, type):
             if not issubclass(entry, (BlockStore, Connector)):
                 raise PluginError(f"{entry.__name__} is neither a BlockStore nor a Connector")
-            name = _short_name(entry)
+            name = name or _short_name(entry)
             self.registry.insert_class(name, entry)
             self._imported[name] = f"{entry.__module__}:{entry.__qualname__}"
             return ConnectorSpec(name, dict(options))
