@@ -39,11 +39,12 @@ _PAUSE_S = 0.0005
 
 SHAPES: dict[str, KVGeometry] = {
     "full": KVGeometry(((0, 1),), (None,), 2, 4, torch.float32),
+    "full-narrow": KVGeometry(((0, 1),), (None,), 4, 2, torch.float32),
     "full-bf16": KVGeometry(((0, 1, 2),), (None,), 4, 8, torch.bfloat16),
     "window": KVGeometry(((0, 1),), (9,), 2, 4, torch.float32),
     "mixed": KVGeometry(((0, 2), (1,)), (None, 9), 2, 4, torch.float32),
 }
-"""Caches by name: one full group, the same in bfloat16, one with a sliding window, and both kinds."""
+"""Caches by name: one full group, as many bytes in other heads, bfloat16, a sliding window, and both kinds of group."""
 
 
 class KitRequest:
@@ -54,6 +55,7 @@ class KitRequest:
         tables: Pages by group; -1 where a block has none.
         computed: Tokens whose KV is in the pages, loaded ones included.
         loaded: Tokens that the next step loads before it computes.
+        offered_async: Whether the last offer was an asynchronous one.
     """
 
     def __init__(self, request_id: str, tokens: Sequence[int], num_groups: int, fields: dict[str, Any]) -> None:
@@ -65,6 +67,7 @@ class KitRequest:
         self.tables: list[list[int]] = [[] for _ in range(num_groups)]
         self.computed = 0
         self.loaded = 0
+        self.offered_async = False
         self.told = len(tokens)
         self.scheduled_before = False
 
@@ -137,6 +140,7 @@ class StepEngine:
         self._preempted: list[str] = []
         self._ended: set[str] = set()
         self._waiting: dict[str, tuple[KitRequest, set[int]]] = {}
+        self._parked: dict[str, set[int]] = {}  # requests with an asynchronous load -> ranks that have named them
         self._closed = False
 
     def __enter__(self) -> StepEngine:
@@ -144,9 +148,9 @@ class StepEngine:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close; what hooks raised is a broken promise, unless another one is on its way."""
+        """Close; what hooks raised is a broken promise, and the reason for any other."""
         self.close()
-        if kind is None:
+        if kind is None or kind is BrokenPromise:
             self.check_hooks()
 
     def arrive(self, tokens: Sequence[int], **fields: Any) -> KitRequest:
@@ -172,6 +176,7 @@ class StepEngine:
             )
             self.step()
             time.sleep(_PAUSE_S)
+        request.offered_async = match.load_async
         return match
 
     def allocate(self, request: KitRequest, external: int, computed: int = 0, room: int = 0) -> None:
@@ -182,6 +187,8 @@ class StepEngine:
         self.cache.fill_fresh(fresh)
         request.computed = reach
         request.loaded = external
+        if external and request.offered_async:
+            self._parked[request.request_id] = set()
         self.leader.update_state_after_alloc(request.view(), request.tables, external)
 
     def share(self, request: KitRequest, other: KitRequest, num_tokens: int) -> None:
@@ -247,6 +254,7 @@ class StepEngine:
             bad = None if bad is None or pages is None else [a | b for a, b in zip(bad, pages, strict=True)]
             reports.append(worker.build_worker_report())
             self._release(rank, finished[-1].saved)
+            self._arrived(rank, finished[-1])
         for request, count in parts:
             request.computed += count - (guess is not None)
             request.loaded = 0
@@ -333,7 +341,7 @@ class StepEngine:
 
     def wait_loaded(self, request: KitRequest) -> bool:
         """Step until every rank has reported the asynchronous load; return whether one said that it failed."""
-        ranks: set[int] = set()
+        ranks = self._parked[request.request_id]
         failed = False
         deadline = time.monotonic() + self._patience_s
         while len(ranks) < len(self.workers):
@@ -344,15 +352,7 @@ class StepEngine:
                 hint="an asynchronous load that failed is reported too, among loaded and failed",
             )
             result = self.step()
-            for rank, finished in enumerate(result.finished):
-                if request.request_id in finished.loaded:
-                    must(
-                        rank not in ranks,
-                        expected="each finished id once a rank",
-                        got=f"rank {rank} named {request.request_id} twice",
-                    )
-                    ranks.add(rank)
-                    failed = failed or request.request_id in finished.failed
+            failed = failed or any(request.request_id in finished.failed for finished in result.finished)
             time.sleep(_PAUSE_S)
         return failed
 
@@ -452,6 +452,20 @@ class StepEngine:
             if len(ranks) == len(self.workers):
                 del self._waiting[request_id]
                 self._scrub(request)
+
+    def _arrived(self, rank: int, finished: Finished) -> None:
+        for request_id in finished.loaded:
+            must(
+                request_id in self._parked and rank not in self._parked[request_id],
+                expected="get_finished to name as loaded only requests with an asynchronous load, once a rank",
+                got=f"rank {rank} named {request_id}",
+            )
+            self._parked[request_id].add(rank)
+        must(
+            finished.failed <= finished.loaded,
+            expected="failed loads to be named among the loaded",
+            got=f"rank {rank} named {sorted(finished.failed - finished.loaded)} as failed only",
+        )
 
     def _note(self, hook: str, error: object) -> None:
         if "the kit lets this step fail" in str(error):

@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 
-from kvconnect.testing.connector import ConnectorTests
 from kvconnect.testing.faults import FaultTests
+from kvconnect.testing.fit import FitTests
 from kvconnect.testing.keys import KeyPartitionTests
 from kvconnect.testing.kit import Kit
 from kvconnect.testing.leader import LeaderTests
+from kvconnect.testing.life import LifeTests
+from kvconnect.testing.loads import LoadTests
+from kvconnect.testing.offers import OfferTests
 from kvconnect.testing.restart import RestartTests
+from kvconnect.testing.saves import SaveTests
+from kvconnect.testing.schedules import ScheduleTests
 from kvconnect.testing.stateful import StatefulTests
 from kvconnect.testing.store import StoreTests
 from kvconnect.testing.worker import WorkerTests
@@ -26,7 +31,18 @@ KITS: dict[str, tuple[type[Kit], ...]] = {
     "store": (StoreTests,),
     "leader": (LeaderTests,),
     "worker": (WorkerTests,),
-    "connector": (ConnectorTests, KeyPartitionTests, FaultTests, RestartTests, StatefulTests),
+    "connector": (
+        OfferTests,
+        LoadTests,
+        SaveTests,
+        LifeTests,
+        FitTests,
+        KeyPartitionTests,
+        FaultTests,
+        RestartTests,
+        ScheduleTests,
+        StatefulTests,
+    ),
 }
 """What ``--kit`` chooses among; ``all`` are all of them."""
 

@@ -37,6 +37,7 @@ _ENGINES: dict[str, dict[str, Any]] = {
     "KV dtype": {"kv_dtype": "float8"},
     "block size": {"block_size": 2 * BLOCK},
     "layers and heads": {"shape": "full-bf16", "kv_dtype": "float32"},
+    "heads of another width": {"shape": "full-narrow"},
 }
 
 
@@ -68,6 +69,7 @@ class KeyPartitionTests(Kit):
         where = {"the first token": 0, "the last token of the block before": 3 * BLOCK - 1, "a token far before": 5}
         changed = list(tokens)
         changed[where[place]] += 1
+        computed = where[place] // BLOCK + 3  # blocks of the changed prompt that are there: its own, and two behind it
         with StepEngine(target) as engine:
             engine.save(tokens)
             offered = engine.offer(engine.arrive(changed)).num_tokens or 0
@@ -76,6 +78,14 @@ class KeyPartitionTests(Kit):
                 expected=f"at most {where[place] // BLOCK} blocks: {place} differs",
                 got=f"{offered // BLOCK} blocks",
                 hint="chain the parent's hash into each block's",
+            )
+            engine.save(changed[: computed * BLOCK + 1])
+            offered = engine.offer(engine.arrive(changed)).num_tokens or 0
+            must(
+                offered <= computed * BLOCK,
+                expected=f"at most the {computed} blocks that were computed behind it: {place} differs",
+                got=f"{offered // BLOCK} blocks",
+                hint="chain the parent's hash into each block's: one that knows only its neighbours is another's",
             )
             must_equal("tokens offered for the same prompt", engine.load(tokens), _PROMPT - 1)
 
@@ -126,6 +136,11 @@ class KeyPartitionTests(Kit):
             must_equal("tokens loaded by two ranks, all right", engine.load(tokens), _PROMPT - 1)
         if not (target.capabilities.durable or target.capabilities.shared):
             return
+        with StepEngine(target, num_ranks=2) as engine:
+            found = engine.load(tokens)
+            must_equal(
+                "tokens loaded by two ranks of a new instance", found, _PROMPT - 1, "each rank needs its own key"
+            )
         with StepEngine(target, num_ranks=1) as engine:
             must_equal("tokens offered to one rank", engine.load(tokens), 0)
 

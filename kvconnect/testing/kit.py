@@ -23,6 +23,7 @@ from kvconnect.testing.target import PATIENCE_S, Target
 
 __all__ = ["Kit"]
 
+
 class Kit:
     """Base of the kits. A test's docstring is the promise; its first line is what reports print.
 
@@ -52,13 +53,15 @@ class Kit:
 
     @pytest.fixture
     def rng(self, seed: int, request: pytest.FixtureRequest) -> random.Random:
-        """Randomness that belongs to this test and seed."""
-        return random.Random(f"{request.node.originalname}:{seed}")
+        """Randomness that belongs to this test, its parameters and the seed, whatever the connector."""
+        given = getattr(getattr(request.node, "callspec", None), "params", {})
+        place = [f"{name}={value}" for name, value in sorted(given.items()) if name not in ("connector", "seed")]
+        return random.Random(":".join([request.node.originalname, *place, str(seed)]))
 
     @pytest.fixture
-    def patience_s(self) -> float:
-        """Seconds after which "not yet" counts as "never"."""
-        return PATIENCE_S
+    def patience_s(self, request: pytest.FixtureRequest) -> float:
+        """Seconds after which "not yet" counts as "never"; ``--kv-patience`` sets it."""
+        return float(getattr(request.config.option, "kv_patience", PATIENCE_S))
 
     @pytest.fixture
     def deadline_s(self, patience_s: float) -> float:

@@ -26,7 +26,7 @@ from kvconnect.store import BlockStore, StoreCapabilities, Tier
 __all__ = ["ENGINE", "PATIENCE_S", "Target"]
 
 PATIENCE_S = 30.0
-"""A fixture `patience_s` of a kit replaces it."""
+"""What a test takes for never, unless ``--kv-patience`` or a kit's fixture `patience_s` says otherwise."""
 
 ENGINE = ENGINE_CAPABILITIES
 """What the kit's engine can do, unless a test takes something away."""

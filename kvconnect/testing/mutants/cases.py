@@ -49,7 +49,8 @@ def right_class(mutant: Mutant) -> type:
         try:
             run()
         except pytest.skip.Exception as skipped:
-            assert str(skipped).startswith("not declared"), skipped
+            if not str(skipped).startswith("not declared"):
+                raise AssertionError(f"{mutant.right.__name__} was not looked at: {skipped}") from None
 
     return _case(mutant, mutant.right, keep, 30.0)
 
@@ -69,8 +70,8 @@ def _case(mutant: Mutant, kind: type, judge: Callable[[Callable[[], None]], None
     )
     members: dict[str, Any] = {name: None for name in dir(kit) if name.startswith("test_")}
     members |= {f"test_{rule.__name__.removeprefix('test_')}": test, "kv_kit": False, "__module__": __name__}
-    is_engine = not issubclass(kind, (BlockStore, Connector))
-    members["engine" if is_engine else "connector"] = _fixture("engine" if is_engine else "connector", under(mutant, kind))
+    name = "connector" if issubclass(kind, (BlockStore, Connector)) else "engine"
+    members[name] = _fixture(name, under(mutant, kind))
     members |= {"quick": _fixture("quick", True), "patience_s": _fixture("patience_s", patience_s)}
     members["no_pickle"] = _fixture("no_pickle", None)  # it speaks at the end, when the judge has spoken
     members["deadline_s"] = _fixture("deadline_s", mutant.deadline_s if patience_s < 30 else 90.0)

@@ -69,14 +69,17 @@ class ForgetsTheParent(Right):
 
 @mutant(
     KeyPartitionTests.test_block_after_another_prefix_is_another_block,
-    "at most 1 blocks",
+    "that knows only its neighbours",
     parameters={"place": "a token far before"},
 )
 class HashesTheBlockBefore(Right):
     """Hashes a block with the one before it, and nothing further back."""
 
-    leader = _chain(lambda tokens, size, number, _: _alone(tokens[max(0, number - 1) * size :], 2 * size, 0, _)
-                    if number else _alone(tokens, size, 0, _))
+    leader = _chain(
+        lambda tokens, size, number, _: (
+            _alone(tokens[max(0, number - 1) * size :], 2 * size, 0, _) if number else _alone(tokens, size, 0, _)
+        )
+    )
 
 
 @mutant(_REQUESTS, "another cache salt", parameters={"name": "cache salt"})
@@ -161,9 +164,10 @@ def _set_worker_digest(self: Any, layout: Any) -> None:
     OffloadWorker.register_kv_caches(self, layout)
     self._namespace = self._context.namespace.digest(1)
     self._fingerprints = [b"\0" * len(each) for each in self._fingerprints]
+    self._shards = [0 for _ in self._shards]
 
 
-@mutant(_ENGINES, "another layers and heads", over=[FolderStore], parameters={"name": "layers and heads"})
+@mutant(_ENGINES, "heads of another width", over=[FolderStore], parameters={"name": "heads of another width"})
 class IgnoresTheLayout(Right):
     """Leaves the shape of the cache out of key and frame, and loads what is there into what it has."""
 
@@ -171,7 +175,7 @@ class IgnoresTheLayout(Right):
     worker = worker(register_kv_caches=_set_worker_digest)
 
 
-@mutant(KeyPartitionTests.test_ranks_do_not_read_each_others_shards, "tokens|position|elements", over=[FolderStore])
+@mutant(KeyPartitionTests.test_ranks_do_not_read_each_others_shards, "each rank needs its own key", over=[FolderStore])
 class OneKeyForAllRanks(Right):
     """Every rank writes its heads under the same key; the first one wins."""
 
@@ -182,19 +186,19 @@ class OneKeyForAllRanks(Right):
     worker = worker(register_kv_caches=register_kv_caches)
 
 
-@mutant(KeyPartitionTests.test_keys_are_wide, "bytes of a key that differ|bytes that differ", over=[FolderStore])
+@mutant(KeyPartitionTests.test_keys_are_wide, "bytes of a key that differ", over=[FolderStore])
 class TruncatesTheHash(Right):
     """Keeps 64 bits of the hash, which collide by chance in a large store."""
 
     leader = _chain(lambda tokens, size, number, right: right[:8] + b"\0" * (len(right) - 8))
 
 
-@mutant(KeyPartitionTests.test_keys_are_wide, "bytes that differ", over=[FolderStore])
+@mutant(KeyPartitionTests.test_keys_are_wide, "bytes of a key that differ", over=[FolderStore])
 class UsesPythonsHash(Right):
     """Names a prefix by Python's `hash`: 64 bits, and no protection from whoever looks for collisions."""
 
     leader = _chain(
-        lambda tokens, size, number, right: hash(tuple(tokens[: (number + 1) * size])).to_bytes(8, "big", signed=True).rjust(
-            len(right), b"\0"
+        lambda tokens, size, number, right: (
+            hash(tuple(tokens[: (number + 1) * size])).to_bytes(8, "big", signed=True).rjust(len(right), b"\0")
         )
     )
