@@ -306,7 +306,7 @@ class LeaderHooks(Protocol):
         """Let go of everything; twice is fine.
 
         Runs: scheduler process.
-        When: last, before the workers'.
+        When: last; engines differ in which half they shut down first.
         May block: yes, up to the stores' deadline.
         On failure: counted.
         """

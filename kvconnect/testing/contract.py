@@ -148,8 +148,14 @@ def _hooks_of_a_step(script: Script) -> None:
             must_equal(f"the hooks {where}", others, expected)
             computes = any(part.scheduled for part in _parts(script, step))
             if script.engine.layer_hooks:
-                must_equal(f"the layer hooks {where}", seen, pairs if computes else seen and pairs)
-            if seen:
+                waits = [pair for pair in pairs if pair[0] == "wait_for_layer_load"]
+                fitting = [pairs, [*pairs, *waits]] if computes else [[], waits, pairs]
+                must(
+                    seen in fitting,
+                    expected=f"wait_for_layer_load and save_kv_layer of {len(layers)} layers, in their order, {where}",
+                    got=seen if computes or seen else "none",
+                )
+            if ("save_kv_layer", layers[-1]) in seen:
                 first, last = hooks.index("wait_for_layer_load"), len(hooks) - 1 - hooks[::-1].index("save_kv_layer")
                 must(
                     hooks.index("wait_for_save") > last,
@@ -410,14 +416,15 @@ def _parts(script: Script, step: int) -> list[Planned]:
 
 
 def _loads_in_step(script: Script, step: int) -> bool:
-    """Whether the step has a load that is not asynchronous."""
+    """Whether the step computes on a load that it makes."""
     calls = script.calls
     planned = next(i for i, c in enumerate(calls) if c.hook == "build_connector_meta" and c.data["step"] == step)
+    computed = {part.request_id for part in calls[planned].data["parts"]}
     for call in reversed(calls[:planned]):
         if call.hook == "build_connector_meta":
             return False
         if call.hook == "update_state_after_alloc" and call.data["external"] and not call.data["parks"]:
-            return True
+            return call.data["request"] in computed
     return False
 
 

@@ -435,8 +435,7 @@ class _Worker(Worker):
                 continue
             for group, page, block in moves:
                 if page in bad:
-                    self._bad[group].add(page)
-                    self._failed.add(name)
+                    self._fail(name, group, page)
                 else:
                     self._sync.append((group, page, block))
         self._plan["loads"] = []
@@ -506,9 +505,15 @@ class _Worker(Worker):
         self._load(good, None)
         for group, page, _ in parked.moves:
             if page in parked.bad:
-                self._bad[group].add(page)
-                self._failed.add(parked.name)
+                self._fail(parked.name, group, page)
         self._loaded.add(parked.name)
+
+    def _fail(self, name: str, group: int, page: int) -> None:
+        """Leave a page as a load does that failed half-way: what is there is neither the block nor harmless."""
+        for region in self._layout.groups[group].regions:
+            region.tensor[page].fill_(9 if region.tensor.is_floating_point() else 85)
+        self._bad[group].add(page)
+        self._failed.add(name)
 
     def _load(self, moves: Sequence[_Move], layer: int | None) -> None:
         """Write blocks into pages: everything, or what belongs to a layer (a region of several at its first)."""

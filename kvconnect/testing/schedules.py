@@ -28,7 +28,7 @@ class ScheduleTests(Kit):
         """Chunks, preemption, aborts, eviction, ranks, parked loads and steps planned ahead, in any order."""
         if quick and number >= 3:
             pytest.skip("quick")
-        self._simulate(target, rng, seed)
+        simulate(target, seed, self._setting(target, rng), make_prompts(rng))
 
     @pytest.mark.parametrize("number", range(4))
     def test_arena_smaller_than_a_prompt_is_enough(
@@ -37,13 +37,13 @@ class ScheduleTests(Kit):
         """With room for a few blocks, loads and saves compete: evictions, rounds, drops, and right bytes."""
         if quick and number >= 1:
             pytest.skip("quick")
-        small = target.with_arena(f"{rng.choice([24, 40, 96])}KiB")
+        setting = self._setting(target, rng)
+        small = target.with_arena(setting.arena_bytes(rng.randrange(3, 25)))
         needs(small is not target, "host")
-        self._simulate(small, rng, seed)
+        simulate(small, seed, setting, make_prompts(rng, count=3), rounds=6)  # few prompts, often: some are still there
 
-    def _simulate(self, target: Target, rng: random.Random, seed: int) -> None:
+    def _setting(self, target: Target, rng: random.Random) -> Setting:
         can = target.capabilities
-        setting = Setting.draw(
+        return Setting.draw(
             rng, several_groups=can.several_groups, several_ranks=can.several_ranks, async_load=can.async_load
         )
-        simulate(target, seed, setting, make_prompts(rng))

@@ -22,6 +22,7 @@ from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, FinishReason, SamplingParams
 from kvconnect.engine.scheduler import Batch
 from kvconnect.protocol import Namespace
+from kvconnect.store import HEADER_BYTES
 from kvconnect.testing.content import Pages, prefix_states
 from kvconnect.testing.harness import SHAPES
 from kvconnect.testing.promise import BrokenPromise, must
@@ -29,6 +30,7 @@ from kvconnect.testing.target import ENGINE, Target
 
 __all__ = ["Setting", "make_prompts", "simulate"]
 
+_PAGE_BYTES = 4096
 _VOCABULARY = 97
 _MAX_TOKENS = 6
 
@@ -70,6 +72,12 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             async_scheduling=rng.random() < 0.5,
             aborts=rng.random() < 0.7,
         )
+
+    def arena_bytes(self, num_blocks: int) -> int:
+        """Return the capacity of an arena for that many blocks, all ranks together; frames lie on page boundaries."""
+        cache = PagedCache(SHAPES[self.shape], block_size=self.block_size, num_pages=1)
+        payload = max(group.payload_bytes for group in cache.layout(0, self.num_ranks).groups)
+        return num_blocks * self.num_ranks * -(-(HEADER_BYTES + payload) // _PAGE_BYTES) * _PAGE_BYTES
 
 
 class _Runner:

@@ -111,7 +111,7 @@ class WorkerSide:
         interpreter too, so that such a step takes a moment.
         """
         now = self._now
-        for layer in self._layers.values() if now.loading else ():
+        for layer in sorted(self._layers.values()) if now.loading else ():
             self.worker.wait_for_layer_load(layer)
         self.wait_for_save()
         if now.idle:

@@ -344,9 +344,16 @@ class SteppedEngine:
                 tokens.append(before[request_id])
             tables = self.scheduler.kv_cache_manager.get_block_ids(request_id)
             work.append((request_id, tokens, tables, start, count))
-        garbage = set()
-        for _ in range(2):  # first everybody writes: a page can be shared with one that is computed in this step
-            garbage = {job[0] for job in work if not self._compute(*job)}
+        garbage: set[str] = set()
+        names = {layer: name for name, layer in self.workers[0].worker_side._layers.items()}
+        for layer in sorted(names) if work else ():
+            for worker in self.workers:
+                worker.wait_for_layer_load(names[layer])
+            before_layer = set(garbage)
+            for _ in range(2):  # first everybody writes: a page can be shared with one that is computed in this step
+                garbage = {job[0] for job in work if not self._compute(layer, job[0] not in before_layer, *job)}
+            for worker in self.workers:
+                worker.save_kv_layer(names[layer], None, None)
         for request_id, tokens, _, start, count in work:
             if start + count == len(tokens):
                 token = next_token(tokens)
@@ -354,19 +361,21 @@ class SteppedEngine:
         self.garbage_read += len(garbage)
         return sampled
 
-    def _compute(self, request_id: str, tokens: list[int], tables: Any, start: int, count: int) -> bool:
-        """Compute positions ``[start, start + count)``; False if what they attend to is not what it must be."""
+    def _compute(
+        self, layer: int, good: bool, request_id: str, tokens: list[int], tables: Any, start: int, count: int
+    ) -> bool:
+        """Compute positions ``[start, start + count)`` of a layer; False if they stand on what is not what it must be.
+
+        What is computed on garbage, in this layer or one before it, is garbage of its own.
+        """
         states = prefix_states(tokens)
-        good = True
-        for group, layers in enumerate(self.geometry.layers):
-            window = self.geometry.windows[group]
-            first = 0 if window is None else max(0, start + 1 - window)
-            for layer in layers:
-                if self.pages.check(states, tables[group], group, layer, first, start):
-                    good = False
-                # computed on garbage, what is written is garbage of its own
-                written = states if good else prefix_states([*tokens[:start], *([VOCABULARY] * len(tokens[start:]))])
-                self.pages.write(written, tables[group], layer, start, min(start + count, len(tokens)))
+        group = self.cache.layers[layer].group
+        window = self.geometry.windows[group]
+        first = 0 if window is None else max(0, start + 1 - window)
+        if self.pages.check(states, tables[group], group, layer, first, start):
+            good = False
+        written = states if good else prefix_states([*tokens[:start], *([VOCABULARY] * len(tokens[start:]))])
+        self.pages.write(written, tables[group], layer, start, min(start + count, len(tokens)))
         return good
 
     def _take(self, ran: _InFlight) -> None:

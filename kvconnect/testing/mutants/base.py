@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
         rule: The kit's test, as the kit has it.
         says: A regular expression that the broken promise must match: it leads the author to the mistake.
         over: Stores below a connector.
-        parameters: Of the test, by name; the others take the first of their values.
+        parameters: Of the test, by name; the others take the first of their values. ``seed`` of a random schedule, too.
         deadline_s: Seconds for the test; small for a mutant that hangs.
     """
 

@@ -60,6 +60,7 @@ def _case(mutant: Mutant, kind: type, judge: Callable[[Callable[[], None]], None
     kit: type[Kit] = getattr(importlib.import_module(mutant.rule.__module__), mutant.kit)
     rule = mutant.rule
     parameters = {**_first_parameters(rule), **mutant.parameters}
+    seed = parameters.pop("seed", 0)
     signature = inspect.signature(rule)
 
     def test(self: Any, **fixtures: Any) -> None:
@@ -73,6 +74,7 @@ def _case(mutant: Mutant, kind: type, judge: Callable[[Callable[[], None]], None
     name = "connector" if issubclass(kind, (BlockStore, Connector)) else "engine"
     members[name] = _fixture(name, under(mutant, kind))
     members |= {"quick": _fixture("quick", True), "patience_s": _fixture("patience_s", patience_s)}
+    members["seed"] = _fixture("seed", seed)
     members["no_pickle"] = _fixture("no_pickle", None)  # it speaks at the end, when the judge has spoken
     members["deadline_s"] = _fixture("deadline_s", mutant.deadline_s if patience_s < 30 else 90.0)
     return type(f"Test{kind.__name__}", (kit,), members)

@@ -318,7 +318,7 @@ def _evict_claimed(self: Any, per_rank: Any) -> None:
 
 
 @mutant(
-    SaveTests.test_frames_stay_as_they_are_while_they_are_written, "a claimed block was evicted", over=[FolderStore]
+    SaveTests.test_frames_stay_as_they_are_while_they_are_written, "given away while it was being written|a claimed block was evicted", over=[FolderStore]
 )
 class EvictsAClaimedBlock(Right):
     """Evicts a block that is on its way to a store, and fills its slot with another."""
@@ -339,7 +339,7 @@ class _FillsTwice(OffloadWorker):
             self._held[move.slot] = (move.group, move.block_hash, self._orders[move.group])
 
 
-@mutant(ScheduleTests.test_arena_smaller_than_a_prompt_is_enough, "to read what was computed")
+@mutant(ScheduleTests.test_arena_smaller_than_a_prompt_is_enough, "to read what was computed", parameters={"seed": 3})
 class FillsASlotOnce(Right):
     """Does not fill a slot again that was given to another block."""
 
