@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo test test-vllm lint types unit bench bench-vllm format clean
+.PHONY: demo test test-kits test-vllm lint types unit bench bench-vllm format clean
 
 demo: $(STAMP)
 	$(BIN)/kvconnect demo
@@ -23,6 +23,10 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -q
+
+# do the kits find what is wrong? Every mutant, and what it was made from; those that need processes of their own, too
+test-kits: $(STAMP)
+	$(BIN)/kvconnect conformance --self-test
 
 # a real vLLM without a GPU, in an environment of its own: about three minutes to install, a quarter of an hour to run
 test-vllm: $(VLLM_STAMP)

@@ -229,6 +229,8 @@ def test_connector_that_does_not_fit_is_refused_with_the_reason() -> None:
         check_fit("x", needs, EngineCapabilities(handshake=True), num_ranks=1)
     with pytest.raises(UnsupportedError, match="serves one rank"):
         check_fit("x", Capabilities(), EngineCapabilities(), num_ranks=2)
+    with pytest.raises(UnsupportedError, match="serves one layer group"):
+        check_fit("x", Capabilities(), EngineCapabilities(), num_ranks=1, num_groups=2)
     check_fit("x", needs, EngineCapabilities(handshake=True, reports=True), num_ranks=1)
 
 

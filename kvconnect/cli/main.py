@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from kvconnect.errors import KVConnectError
+from kvconnect.errors import ConfigError, KVConnectError
 
 __all__ = ["main"]
 
@@ -30,6 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_skeleton(options.name, options.folder)
             return 0
         if options.command == "conformance":
+            if options.self_test:
+                from kvconnect.cli.self_test import run_self_test
+
+                return run_self_test(options.json)
+            if options.target is None:
+                raise ConfigError("name what to test: a registered name, a URL or module:Class; or give --self-test")
             from kvconnect.cli.conformance import ConformanceOptions, run_conformance
 
             return run_conformance(
@@ -111,7 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs the conformance kits. Exit status 0 if every promise that could be shown was kept, 1 if one "
         "was broken, 2 if the kits could not run.",
     )
-    kits.add_argument("target", metavar="TARGET", help="a registered name, a URL, or module:Class")
+    kits.add_argument("target", metavar="TARGET", nargs="?", help="a registered name, a URL, or module:Class")
+    kits.add_argument(
+        "--self-test",
+        action="store_true",
+        help="instead of a target: do the kits installed here catch their mutants, and pass what is right?",
+    )
     kits.add_argument("--options", metavar="JSON", default="{}", help="its options; {tmp} is a fresh folder")
     kits.add_argument("--kit", choices=("store", "leader", "worker", "connector", "all"), default="all")
     kits.add_argument("--json", metavar="FILE", help="write the report there")

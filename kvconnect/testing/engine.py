@@ -504,7 +504,7 @@ class EngineTests(Kit):
         for _ in range(3):
             names = [session.add([*stem, *self.prompt(rng, engine, 0.5 * each)], 3) for each in range(1, 4)]
             session.until(
-                lambda names=names: all(session.engine.output(name) is not None for name in names),  # type: ignore[misc]
+                lambda names=names: all(session.engine.output(name) is not None for name in names),
                 f"answers while {hook} raises",
             )
             session.engine.forget()
@@ -645,7 +645,7 @@ def _taken(script: Script, name: str) -> int:
 
 
 def _is_ask(call: Any, name: str) -> bool:
-    return call.hook == "get_num_new_matched_tokens" and call.data["request"] == name
+    return bool(call.hook == "get_num_new_matched_tokens" and call.data["request"] == name)
 
 
 def _plans(call: Any, name: str) -> bool:

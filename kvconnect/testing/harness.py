@@ -314,12 +314,31 @@ class StepEngine:
         self.finish(request)
         self.settle()
 
-    def load(self, tokens: Sequence[int], **fields: Any) -> int:
-        """Run a prompt with whatever is offered; return how many tokens were loaded, all of them right."""
+    def offered(self, tokens: Sequence[int], **fields: Any) -> int:
+        """Return how many tokens of a prompt are offered, and take none."""
         request = self.arrive(tokens, **fields)
-        loaded = self.admit(request)
-        if request.computed < len(tokens):
-            self.step((request, len(tokens) - request.computed))
+        count = self.offer(request).num_tokens or 0
+        self.finish(request)
+        return count
+
+    def load(self, tokens: Sequence[int], **fields: Any) -> int:
+        """Run a prompt with whatever is offered, once more after a load that failed, as engines do.
+
+        Returns:
+            How many tokens were loaded in the end, all of them right; a load that failed counts as none.
+        """
+        request = self.arrive(tokens, **fields)
+        loaded = 0
+        for _ in range(len(tokens) // self.block_size + 2):  # each round may find one more block that is not there
+            loaded = self.admit(request)
+            result = self.step((request, len(tokens) - request.computed))
+            if result.bad_pages is not None and not any(result.bad_pages):
+                break
+            self.reset(request)
+            loaded = 0
+        else:
+            self.allocate(request, 0)
+            self.step((request, len(tokens)))
         self.finish(request)
         self.settle()
         return loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -74,24 +74,30 @@ class OfferTests(Kit):
         needs(target.capabilities.durable, "durable")
         if not target.resolved.tiers:
             not_shown("what its medium holds of each rank cannot be arranged from outside")
-        tokens = self.tokens(rng, _PROMPT)
-        kept: list[bytes] = []
+        seen: set[bytes] = set()
 
-        def lose(kind: type[BlockStore]) -> type[BlockStore]:
-            def write(self: BlockStore, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
-                shards = [bytes(key[-4:]) for key in keys]
-                kept.extend(shards[: not kept])
-                mine = [i for i, shard in enumerate(shards) if shard == kept[0]]
-                kind.write(self, [keys[i] for i in mine], [frames[i] for i in mine])
-                return [True] * len(keys)
+        def keep(kept: bytes | None) -> Callable[[type[BlockStore]], type[BlockStore]]:
+            def lose(kind: type[BlockStore]) -> type[BlockStore]:
+                def write(self: BlockStore, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
+                    seen.update(bytes(key[-4:]) for key in keys)
+                    mine = [i for i, key in enumerate(keys) if kept in (None, bytes(key[-4:]))]
+                    kind.write(self, [keys[i] for i in mine], [frames[i] for i in mine])
+                    return [True] * len(keys)
 
-            return type(kind.__name__, (kind,), {"write": write})
+                return type(kind.__name__, (kind,), {"write": write})
 
-        with StepEngine(target.with_store(lose), num_ranks=2) as engine:
-            engine.save(tokens)
-        with StepEngine(target, num_ranks=2) as engine:
-            must_equal("tokens offered of blocks of which a shard is missing", engine.load(tokens), 0)
-            must_equal("tokens loaded after they were computed", engine.load(tokens), _BLOCKS * BLOCK)
+            return lose
+
+        with StepEngine(target.with_store(keep(None)), num_ranks=2) as engine:
+            engine.save(self.tokens(rng, _PROMPT))
+        for shard in sorted(seen):
+            tokens = self.tokens(rng, _PROMPT)
+            with StepEngine(target.with_store(keep(shard)), num_ranks=2) as engine:
+                engine.save(tokens)
+            with StepEngine(target, num_ranks=2) as engine:
+                must_equal("tokens offered of blocks of which a shard is missing", engine.offered(tokens), 0)
+                engine.load(tokens)  # computes and saves it
+                must_equal("tokens loaded after they were computed", engine.load(tokens), _BLOCKS * BLOCK)
 
     def test_offer_counts_from_what_is_computed(self, target: Target, rng: random.Random) -> None:
         """The answer is what comes on top of `num_computed_tokens`; for an unaligned number it is 0."""

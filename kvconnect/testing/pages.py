@@ -1,4 +1,4 @@
-"""Writes what is generated in our pages: the README's table of connectors, and the list of promises.
+"""Writes what is generated in our pages: the README's table of connectors, and the lists of promises and mutants.
 
 python -m kvconnect.testing.pages README.md docs/conformance.md docs/conformance/*.json
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvconnect.testing.report import connector_table, promise_list, replace_between
+from kvconnect.testing.report import connector_table, mutant_list, promise_list, replace_between
 
 __all__ = ["main"]
 
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str]) -> int:
     loaded = [json.loads(path.read_text("utf-8")) for path in reports]
     replace_between(readme, "connectors", connector_table(loaded))
     replace_between(promises, "promises", promise_list())
+    replace_between(promises, "mutants", mutant_list())
     return 0
 
 

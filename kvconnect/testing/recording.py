@@ -88,8 +88,8 @@ class Script:
         engine: What the engine says it can do; None before it has opened the connector.
         layouts: The registered cache of each rank.
         parks: Offer asynchronous loads where the engine can park.
-        offer: Answers ``(request, num_computed_tokens, known)`` instead of ``Match(known, ...)``; `known` are the tokens
-            that could be loaded.
+        offer: Answers ``(request, num_computed_tokens, known)`` instead of ``Match(known, ...)``; `known` tokens could
+            be loaded.
         load_steps: Steps that an asynchronous load takes beyond its first; rank r takes r more.
         save_steps: If not 0, blocks are saved only after their request has ended, that many steps later; rank r takes r
             more. The pages must stay until then.
@@ -136,7 +136,7 @@ class Script:
 
     def request(self, prompt: Sequence[int]) -> str:
         """Return the id under which a prompt arrived last, whatever the engine's callers name it."""
-        arrived = [call.data["request"] for call in self.of("on_new_request")]
+        arrived: list[str] = [call.data["request"] for call in self.of("on_new_request")]
         return next(name for name in reversed(arrived) if self.prompts[name] == tuple(prompt))
 
     @property
@@ -395,6 +395,7 @@ class _Worker(Worker):
     def __init__(self, script: Script, rank: int) -> None:
         self._script = script
         self._rank = rank
+        self._cache: KVCacheLayout
         self._plan: dict[str, Any] = {"step": -1, "loads": [], "saves": [], "saved": []}
         self._parked: list[_Parked] = []
         self._sync: list[_Move] = []
@@ -408,10 +409,10 @@ class _Worker(Worker):
 
     def register_kv_caches(self, layout: KVCacheLayout) -> None:
         self._script.note("register_kv_caches", self._rank)
-        self._script.layouts[self._rank] = self._layout = layout
+        self._script.layouts[self._rank] = self._cache = layout
 
     def get_handshake_metadata(self) -> bytes:
-        said = json.dumps([self._layout.groups[0].block_size, len(self._layout.groups)]).encode()
+        said = json.dumps([self._cache.groups[0].block_size, len(self._cache.groups)]).encode()
         self._script.note("get_handshake_metadata", self._rank, answer=said)
         return said
 
@@ -421,7 +422,7 @@ class _Worker(Worker):
     def bind_connector_meta(self, meta: bytes) -> None:
         self._script.note("bind_connector_meta", self._rank, meta=meta)
         self._plan = json.loads(meta)
-        self._bad = [set() for _ in self._layout.groups]
+        self._bad = [set() for _ in self._cache.groups]
         self._copied = {}
         self._said_saved, self._said_loaded = [], []
         self._failed = set()
@@ -510,7 +511,7 @@ class _Worker(Worker):
 
     def _fail(self, name: str, group: int, page: int) -> None:
         """Leave a page as a load does that failed half-way: what is there is neither the block nor harmless."""
-        for region in self._layout.groups[group].regions:
+        for region in self._cache.groups[group].regions:
             region.tensor[page].fill_(9 if region.tensor.is_floating_point() else 85)
         self._bad[group].add(page)
         self._failed.add(name)
@@ -519,14 +520,14 @@ class _Worker(Worker):
         """Write blocks into pages: everything, or what belongs to a layer (a region of several at its first)."""
         for group, page, block in moves:
             parts = self._script.blocks[self._rank, group, block]
-            for region, part in zip(self._layout.groups[group].regions, parts, strict=True):
+            for region, part in zip(self._cache.groups[group].regions, parts, strict=True):
                 if layer is None or min(region.layers) == layer:
                     region.tensor[page].copy_(part)
 
     def _copy(self, layer: int | None) -> None:
-        """Read pages that the plan saves: what is left, or what belongs to a layer (a region of several at its last)."""
+        """Read pages that the plan saves: what is left, or a layer's part (of a region of several: at its last)."""
         for group, page, block in self._plan["saves"]:
             parts = self._copied.setdefault((group, block), {})
-            for number, region in enumerate(self._layout.groups[group].regions):
+            for number, region in enumerate(self._cache.groups[group].regions):
                 if number not in parts and (layer is None or max(region.layers) == layer):
                     parts[number] = region.tensor[page].clone()

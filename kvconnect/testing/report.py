@@ -11,14 +11,19 @@ from typing import Any
 import msgspec
 
 from kvconnect.options import ByteSize
+from kvconnect.testing.engine import EngineTests
 from kvconnect.testing.installed import KITS
+from kvconnect.testing.mutants import MUTANTS, Mutant
 
 __all__ = [
     "connector_table",
     "describe",
     "document",
+    "mutant_list",
+    "mutants_by_rule",
     "promise_list",
     "replace_between",
+    "rules",
     "summary_lines",
 ]
 
@@ -66,18 +71,45 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def promise_list() -> str:
-    """Return Markdown: every promise, by kit, with the test that shows it."""
+    """Return Markdown: every promise, by kit, with the test that shows it and the mutants that it catches."""
+    mutants = mutants_by_rule()
     lines = []
-    for kits in KITS.values():
-        for kit in kits:
-            about = (kit.__doc__ or "").strip().split("\n")[0]
-            lines += [f"### {kit.__name__}", "", about, "", "| promise | test |", "|---|---|"]
-            for name, member in vars(kit).items():
-                if name.startswith("test_") and inspect.isfunction(member):
-                    promise = " ".join((member.__doc__ or "").split("\n\n")[0].split())
-                    lines.append(f"| {promise} | `{name}` |")
-            lines.append("")
+    for kit in (*(kit for kits in KITS.values() for kit in kits), EngineTests):
+        about = (kit.__doc__ or "").strip().split("\n")[0]
+        lines += [f"### {kit.__name__}", "", about, "", "| promise | test | mutants that it catches |", "|---|---|---|"]
+        for name in rules(kit):
+            promise = " ".join((getattr(kit, name).__doc__ or "").split("\n\n")[0].split())
+            caught = ", ".join(f"`{mutant.kind.__name__}`" for mutant in mutants.get((kit.__name__, name), ()))
+            lines.append(f"| {promise} | `{name}` | {caught} |")
+        lines.append("")
     return "\n".join(lines)
+
+
+def mutant_list() -> str:
+    """Return Markdown: every mutant, the mistake that it makes, and the tests that must catch it."""
+    lines = ["| mutant | its mistake | caught by |", "|---|---|---|"]
+    by_kind: dict[type, list[Mutant]] = {}
+    for mutant in MUTANTS:
+        by_kind.setdefault(mutant.kind, []).append(mutant)
+    for kind, mutants in sorted(by_kind.items(), key=lambda item: item[0].__name__):
+        tests = sorted({f"`{mutant.kit}.{mutant.rule.__name__}`" for mutant in mutants})
+        lines.append(f"| `{kind.__name__}` | {mutants[0].mistake} | {', '.join(tests)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rules(kit: type) -> list[str]:
+    """Return the names of a kit's own tests, in their order."""
+    return [name for name, member in vars(kit).items() if name.startswith("test_") and inspect.isfunction(member)]
+
+
+def mutants_by_rule() -> dict[tuple[str, str], list[Mutant]]:
+    """Return the mutants that each rule must catch, by (kit, test); each class once a rule."""
+    found: dict[tuple[str, str], list[Mutant]] = {}
+    for mutant in MUTANTS:
+        mine = found.setdefault((mutant.kit, mutant.rule.__name__), [])
+        if all(each.kind is not mutant.kind for each in mine):
+            mine.append(mutant)
+    return found
 
 
 def describe(kind: type) -> dict[str, Any]:

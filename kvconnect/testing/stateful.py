@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
+import time
+import uuid
+from collections.abc import Callable
 from typing import Any
 
 from kvconnect.testing.harness import BLOCK, KitRequest, StepEngine
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import must, not_here
+from kvconnect.testing.promise import BrokenPromise, must, not_here
 from kvconnect.testing.target import Target
 
 __all__ = ["StatefulTests"]
 
 _STEPS = 40
+_SHRINK_S = 20.0  # to look for a shorter program that breaks the promise too; hypothesis would take minutes
 
 
 class StatefulTests(Kit):
@@ -25,11 +29,14 @@ class StatefulTests(Kit):
             from hypothesis import stateful
         except ImportError:
             not_here('hypothesis is not installed: pip install "kvconnect[test]"')
+        phases = {hypothesis.Phase.generate, *([] if quick else [hypothesis.Phase.shrink])}
         settings = hypothesis.settings(
+            phases=phases,
             max_examples=3 if quick else 10,
             stateful_step_count=_STEPS,
             deadline=None,
             database=None,
+            report_multiple_bugs=False,  # one promise, not a group of them
             suppress_health_check=list(hypothesis.HealthCheck),
         )
         machine = _make_machine(target)
@@ -38,103 +45,137 @@ class StatefulTests(Kit):
 
 
 def _make_machine(target: Target) -> Any:
+    from hypothesis import reject
     from hypothesis import strategies as st
-    from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+    from hypothesis.control import current_build_context
+    from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-    rng = random.Random(target.model)
+    broken_at: list[float] = []  # when a program broke the promise
+    rng = random.Random(0)
     stems = [[rng.randrange(50_000) for _ in range(6 * BLOCK)] for _ in range(3)]
     prompts = st.builds(
-        lambda stem, length, tail: stems[stem][:length] + tail,
+        lambda stem, missing, tail: stems[stem][: 6 * BLOCK - missing] + tail,  # the simplest has most to load
         st.integers(0, 2),
-        st.integers(1, 6 * BLOCK),
+        st.integers(0, 6 * BLOCK - 1),
         st.lists(st.integers(0, 5), max_size=BLOCK + 1),
     )
 
     class Machine(RuleBasedStateMachine):
-        """Requests that run, and the prefixes that were computed to the end, by epoch."""
+        """Requests that run, the prefixes that were computed and may be offered, and all that ever were."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.engine = StepEngine(target, num_pages=64)
+            if broken_at and time.monotonic() > broken_at[0] + _SHRINK_S and not current_build_context().is_final:
+                reject()
+            self.model = f"id:conformance-{uuid.uuid4().hex}"  # a medium without anything from the programs before
+            self.engine = self._open()
+            self.broken = False
             self.running: list[KitRequest] = []
             self.computed: set[tuple[int, ...]] = set()
+            self.ever: set[tuple[int, ...]] = set()
 
-        @rule(tokens=prompts)
-        def arrive(self, tokens: list[int]) -> None:
+        def _open(self) -> StepEngine:
+            return StepEngine(target, num_pages=64, model=self.model)
+
+        @initialize(data=st.data())
+        def serve(self, data: Any) -> None:
+            """A request is computed to its end, so that there is something to load."""
+            for operation in (self._arrive, self._compute, self._finish):
+                self._do(operation, data)
+
+        @rule(data=st.data())
+        def work(self, data: Any) -> None:
+            """One operation; a rule for each would leave whole programs without most of them."""
+            often, seldom = ["arrive"], ["forget", "reopen"]
+            if self.running:
+                often.append("compute")
+                seldom += ["finish", "preempt"]
+            name = data.draw(st.sampled_from(3 * often + seldom), label="operation")
+            self._do(getattr(self, f"_{name}"), data)
+
+        def _arrive(self, data: Any) -> None:
             """A request comes and takes what is offered; every loaded byte is looked at."""
             if len(self.running) >= 4:
-                return
+                self.engine.finish(self.running.pop(0))
+            tokens = data.draw(prompts, label="tokens")
             request = self.engine.arrive(tokens)
+            self.running.append(request)
             loaded = self.engine.admit(request)
             known = tuple(tokens[:loaded])
             must(
-                any(seen[:loaded] == known for seen in self.computed) or not loaded or target.capabilities.durable,
+                any(seen[:loaded] == known for seen in self.computed) or not loaded,
                 expected="only what was computed to be offered",
                 got=f"{loaded} tokens of a prompt that nobody computed",
             )
             self.engine.step()  # loads what was claimed
             self.engine.check_loaded(request)
             request.loaded = 0
-            self.running.append(request)
 
-        @precondition(lambda self: self.running)
-        @rule(data=st.data())
-        def compute(self, data: Any) -> None:
+        def _compute(self, data: Any) -> None:
             """A step computes a chunk of some requests."""
             parts = []
             for request in self.running:
                 left = len(request.tokens) - request.computed
-                count = data.draw(st.integers(0, left))
+                count = left - data.draw(st.integers(0, left), label=f"tokens of {request.request_id} left for later")
                 if count:
                     parts.append((request, count))
             self.engine.step(*parts)
-            self.computed |= {tuple(request.tokens[: request.computed]) for request, _ in parts}
+            for request, _ in parts:
+                self.computed.add(tuple(request.tokens[: request.computed]))
+            self.ever |= self.computed
 
-        @precondition(lambda self: self.running)
-        @rule(data=st.data())
-        def finish(self, data: Any) -> None:
+        def _finish(self, data: Any) -> None:
             """A request ends, computed or not."""
-            request = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+            request = self._choose(data)
+            self.running.remove(request)
             self.engine.finish(request)
 
-        @precondition(lambda self: self.running)
-        @rule(data=st.data())
-        def preempt(self, data: Any) -> None:
+        def _preempt(self, data: Any) -> None:
             """A request loses its pages and takes what is offered again."""
-            request = data.draw(st.sampled_from(self.running))
+            request = self._choose(data)
             self.engine.reset(request)
             self.engine.admit(request)
             self.engine.step()
             self.engine.check_loaded(request)
             request.loaded = 0
 
-        @rule()
-        def forget(self) -> None:
-            """Everything from before is unmatchable."""
+        def _forget(self, data: Any) -> None:
+            """Everything from before is unmatchable, as the next request sees."""
             self._end_all()
             self.engine.leader.reset_cache()
             self.computed.clear()
+            self._arrive(data)
 
-        @rule()
-        def reopen(self) -> None:
-            """The connector is shut down and opened again."""
-            self._end_all()
-            self.engine.settle()
+        def _reopen(self, data: Any) -> None:
+            """The connector is shut down and opened again; what is left of it, the next request sees."""
+            self._settle()
             self.engine.close()
             self.engine.check_hooks()
-            self.engine = StepEngine(target, num_pages=64)
-            if not target.capabilities.durable:
-                self.computed.clear()
-
-        @invariant()
-        def hooks_raise_nothing(self) -> None:
-            """No hook raised."""
-            self.engine.check_hooks()
+            self.engine = self._open()
+            self.computed = set(self.ever) if target.capabilities.durable else set()
+            self._arrive(data)
 
         def teardown(self) -> None:
+            if not self.broken:
+                self._do(self._settle)
+            self.engine.close()
+
+        def _do(self, operation: Callable[..., None], *args: Any) -> None:
+            try:
+                operation(*args)
+                self.engine.check_hooks()
+            except BrokenPromise:
+                self.broken = True
+                broken_at.append(time.monotonic())
+                raise
+
+        def _choose(self, data: Any) -> KitRequest:
+            number: int = data.draw(st.integers(0, len(self.running) - 1), label="number of a running request")
+            return self.running[number]
+
+        def _settle(self) -> None:
             self._end_all()
             self.engine.settle()
-            self.engine.close()
 
         def _end_all(self) -> None:
             for request in self.running:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +13,8 @@ from kvconnect.errors import KVConnectError
 from kvconnect.hooks import bind_hooks, hook_names
 from kvconnect.protocol import KVCacheLayout, LayerGroup, Region, WorkerContext, WorkerHooks
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import must, must_equal, needs
+from kvconnect.testing.leader import set_trap, trap_sprung
+from kvconnect.testing.promise import BrokenPromise, must, must_equal, needs
 from kvconnect.testing.target import ENGINE, Target
 
 __all__ = ["LAYOUTS", "WorkerTests", "make_layout"]
@@ -89,11 +87,8 @@ class WorkerTests(Kit):
         layout = make_layout(name, dtype)
         before = _copies(layout)
         worker.register_kv_caches(layout)
-        must(
-            isinstance(worker.get_handshake_metadata(), bytes),
-            expected="get_handshake_metadata to return bytes",
-            got="something else",
-        )
+        said = worker.hook("get_handshake_metadata")()
+        must(isinstance(said, bytes), expected="get_handshake_metadata to return bytes", got=said)
         must_equal("failures", failures, [])
         _unchanged(layout, before, "register_kv_caches")
 
@@ -101,11 +96,8 @@ class WorkerTests(Kit):
         """With `several_groups`, a cache of a full and a sliding-window group is registered."""
         needs(target.capabilities.several_groups, "several_groups")
         worker.register_kv_caches(make_layout("a tensor a layer and role", groups=2))
-        must(
-            isinstance(worker.get_handshake_metadata(), bytes),
-            expected="get_handshake_metadata to return bytes",
-            got="something else",
-        )
+        said = worker.hook("get_handshake_metadata")()
+        must(isinstance(said, bytes), expected="get_handshake_metadata to return bytes", got=said)
         must_equal("failures", failures, [])
 
     def test_steps_without_a_plan_move_nothing(self, worker: WorkerDriver, failures: list[str]) -> None:
@@ -132,16 +124,13 @@ class WorkerTests(Kit):
         _unchanged(layout, before, "a step without a plan")
 
     def test_plan_of_nonsense_is_refused_and_moves_nothing(
-        self, worker: WorkerDriver, failures: list[str], rng: random.Random
+        self, worker: WorkerDriver, unpickled: list[str], rng: random.Random
     ) -> None:
         """Bytes that are no plan are an error at `bind_connector_meta`, or ignored; nothing is executed or moved."""
         layout = make_layout("a tensor a layer and role")
         worker.register_kv_caches(layout)
         before = _copies(layout)
-        trap = _Trap()
-        stream = io.BytesIO()
-        pickle.Pickler(stream).dump(trap)
-        for meta in (b"", b"rubbish", rng.randbytes(200), stream.getvalue(), b"\x80\x04N."):
+        for meta in (b"", b"rubbish", rng.randbytes(200), set_trap(), b"\x80\x04N."):
             worker.bind(meta, 0)
             worker.start_load_kv()
             worker.wait_for_layer_load(0)
@@ -150,7 +139,8 @@ class WorkerTests(Kit):
             worker.get_finished(frozenset())
             worker.get_block_ids_with_load_errors()
             must(isinstance(worker.build_worker_report(), bytes), expected="a report of bytes", got="something else")
-        must(not _Trap.sprung, expected="bytes to be parsed, never executed", got="code in a plan was run")
+        must_equal("calls that unpickle a plan", unpickled, [])
+        must(not trap_sprung(), expected="bytes to be parsed, never executed", got="code in a plan was run")
         _unchanged(layout, before, "a plan of nonsense")
 
     def test_layout_that_does_not_fit_its_tensors_is_refused(self, worker: WorkerDriver) -> None:
@@ -160,15 +150,21 @@ class WorkerTests(Kit):
         broken = Region(tensor=regions[0].tensor[:, :, :1], axes=regions[0].axes, layers=(0,), roles=("key",))
         group = LayerGroup(block_size=_TOKENS, layers=(0, 1), regions=(broken, *regions[1:]))
         try:
-            worker.register_kv_caches(KVCacheLayout(groups=(group,), heads=(0, _HEADS), total_heads=_HEADS))
+            worker.hook("register_kv_caches")(KVCacheLayout(groups=(group,), heads=(0, _HEADS), total_heads=_HEADS))
         except KVConnectError as error:
             must(str(error) != "", expected="an error that says what does not fit", got="an empty message")
+        except Exception as error:
+            raise BrokenPromise(
+                expected="a KVConnectError that says what does not fit",
+                got=f"{type(error).__name__}: {error}",
+                hint="call layout.check() first",
+            ) from error
 
     def test_worker_stats_are_a_mapping(self, worker: WorkerDriver, failures: list[str]) -> None:
         """`get_stats` returns a mapping, before and after the cache is registered."""
-        must(isinstance(worker.get_stats(), dict), expected="a dict", got="something else")
+        worker.get_stats()
         worker.register_kv_caches(make_layout("one pool"))
-        must(isinstance(worker.get_stats(), dict), expected="a dict", got="something else")
+        worker.get_stats()
         must_equal("failures", failures, [])
 
     def test_worker_shuts_down_twice(self, worker: WorkerDriver, failures: list[str]) -> None:
@@ -177,19 +173,6 @@ class WorkerTests(Kit):
         worker.hook("shutdown")()
         worker.hook("shutdown")()
         must_equal("failures", failures, [])
-
-
-class _Trap:
-    """Unpickling it runs code."""
-
-    sprung = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_spring, ())
-
-
-def _spring() -> None:
-    _Trap.sprung = True
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

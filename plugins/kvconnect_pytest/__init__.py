@@ -27,9 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--kv-kit", default="all", metavar="KIT", help="store, leader, worker, connector or all")
     group.addoption("--kv-seed", type=int, default=0, metavar="N", help="repeats a run")
     group.addoption("--kv-seeds", type=int, default=1, metavar="N", help="run random schedules under this many seeds")
-    group.addoption(
-        "--kv-patience", type=float, default=30.0, metavar="SECONDS", help='after which "not yet" counts as "never" (30)'
-    )
+    group.addoption("--kv-patience", type=float, default=30.0, metavar="SECONDS", help='"not yet" becomes "never" (30)')
     group.addoption("--kv-quick", action="store_true", help="the shortest form of each test")
     group.addoption("--kv-report", metavar="FILE", help="write what was kept and broken as JSON")
     group.addoption("--kv-no-env-skips", action="store_true", help="a test that this machine cannot run is a failure")

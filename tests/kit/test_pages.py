@@ -13,8 +13,9 @@ import pytest
 
 import kvconnect
 from kvconnect.cli.main import main
+from kvconnect.testing.engine import EngineTests
 from kvconnect.testing.installed import KITS
-from kvconnect.testing.report import connector_table, promise_list, replace_between
+from kvconnect.testing.report import connector_table, mutant_list, mutants_by_rule, promise_list, replace_between, rules
 
 ROOT = Path(__file__).parents[2]
 REPORTS = [ROOT / "docs" / "conformance" / f"{name}.json" for name in ("host", "disk", "sqlite")]
@@ -40,14 +41,25 @@ def test_reports_are_of_the_tests_that_there_are(path: Path) -> None:
     reported = {(each["test"], each["promise"]) for each in json.loads(path.read_text())["promises"]}
     first_lines = set()
     for row in promise_list().splitlines():
-        match = re.fullmatch(r"\| (.*) \| `(test_\w+)` \|", row)
+        match = re.fullmatch(r"\| (.*) \| `(test_\w+)` \| .*", row)
         if match:
             first_lines.add(match[2])
+    first_lines -= set(rules(EngineTests))  # the target of a report is a connector
     assert {test for test, _ in reported} == first_lines
 
 
 def test_list_of_promises_is_that_of_the_kits() -> None:
     assert between((ROOT / "docs" / "conformance.md").read_text(), "promises") == promise_list(), f"stale: {AGAIN}"
+
+
+def test_list_of_mutants_is_that_of_the_package() -> None:
+    assert between((ROOT / "docs" / "conformance.md").read_text(), "mutants") == mutant_list(), f"stale: {AGAIN}"
+
+
+def test_every_rule_has_a_mutant_that_it_must_catch() -> None:
+    caught = mutants_by_rule()
+    kits = [*(kit for kits in KITS.values() for kit in kits), EngineTests]
+    assert [f"{kit.__name__}.{name}" for kit in kits for name in rules(kit) if (kit.__name__, name) not in caught] == []
 
 
 def test_no_two_kits_have_a_test_of_one_name() -> None:

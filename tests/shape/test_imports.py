@@ -24,7 +24,10 @@ ALLOWED: dict[str, set[str]] = {
     "hooks": {"protocol", *COMMON},
     "driver": {"registry", "protocol", "hooks", *COMMON},
     "engine": {"driver", "protocol", *COMMON},
-    "testing": {"engine", "driver", "hooks", "registry", "protocol", "store", *COMMON},
+    "testing": {
+        *{"engine", "driver", "hooks", "registry", "protocol", "store", "leader", "worker", "kvconnect_host"},
+        *COMMON,
+    },
     "cli": {"testing", "engine", "driver", "registry", "protocol", "store", "kvconnect_pytest", *COMMON},
     "kvconnect_host": {"leader", "worker", "store", "protocol", *COMMON},
     "kvconnect_disk": {"store", "protocol", *COMMON},

@@ -89,8 +89,8 @@ def test_no_pickle_and_no_execution_of_stored_bytes() -> None:
     forbidden = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
     for path in [*(ROOT / "kvconnect").rglob("*.py"), *(ROOT / "connectors").rglob("*.py")]:
         tree = ast.parse(path.read_text("utf-8"))
-        if path.parent.name == "testing":
-            continue  # the kits import it to forbid it
+        if "testing" in path.relative_to(ROOT).parts:
+            continue  # the kits import it to forbid it, and some mutants use it: that is their mistake
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 assert not {alias.name.split(".")[0] for alias in node.names} & forbidden, path

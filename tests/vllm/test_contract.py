@@ -127,7 +127,8 @@ class WholeVllm(EngineUnderTest):
 
         kind = type(self)
         if kind._model is None:
-            kind._model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
+            kind._model = model.eval()
         ids = torch.tensor([list(prompt)])
         made = kind._model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None
@@ -155,8 +156,8 @@ class TestScheduler(EngineTests):
 class TestEngine(EngineTests):
     """Whatever raises or answers rubbish is tried on the scheduler above; here is the runner, with its layers."""
 
-    test_connector_that_raises_costs_no_answer = None  # type: ignore[assignment]
-    test_rubbish_answers_are_no_match = None  # type: ignore[assignment]
+    test_connector_that_raises_costs_no_answer = None
+    test_rubbish_answers_are_no_match = None
 
     @pytest.fixture
     def engine(self, folder: Path) -> type[EngineUnderTest]:

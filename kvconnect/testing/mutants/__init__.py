@@ -9,5 +9,5 @@ from kvconnect.testing.mutants.base import MUTANTS, Mutant
 
 __all__ = ["MUTANTS", "Mutant"]
 
-for _name in ("keys", "offers", "loads", "saves", "life", "stores", "halves", "imports_torch", "faults"):
+for _name in ("keys", "offers", "loads", "saves", "life", "engines", "stores", "halves", "imports_torch", "faults"):
     importlib.import_module(f"kvconnect.testing.mutants.{_name}")  # each registers its own

@@ -55,8 +55,8 @@ class Mutant(NamedTuple):
 
     @property
     def right(self) -> type:
-        """The class that it was made from."""
-        return next(kind for kind in self.kind.__mro__ if kind not in _kinds())
+        """The class that it was made from: the next one that is neither a mutant nor a helper of theirs."""
+        return next(kind for kind in self.kind.__mro__ if kind not in _kinds() and kind.__name__[0] != "_")
 
 
 MUTANTS: list[Mutant] = []

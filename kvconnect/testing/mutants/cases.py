@@ -74,6 +74,8 @@ def _case(mutant: Mutant, kind: type, judge: Callable[[Callable[[], None]], None
     name = "connector" if issubclass(kind, (BlockStore, Connector)) else "engine"
     members[name] = _fixture(name, under(mutant, kind))
     members |= {"quick": _fixture("quick", True), "patience_s": _fixture("patience_s", patience_s)}
+    rule_name = f"{mutant.kit}.{rule.__name__}"
+    members["about"] = {"name": kind.__name__, "rule": rule_name, "mutant": kind is mutant.kind}
     members["seed"] = _fixture("seed", seed)
     members["no_pickle"] = _fixture("no_pickle", None)  # it speaks at the end, when the judge has spoken
     members["deadline_s"] = _fixture("deadline_s", mutant.deadline_s if patience_s < 30 else 90.0)

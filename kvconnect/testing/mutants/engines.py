@@ -32,6 +32,9 @@ class _Changed(ReferenceEngine):
     def change(self) -> None:
         """Make the mistake."""
 
+    def close(self) -> None:
+        self.llm.close(drain_s=1.0)
+
 
 @mutant(EngineTests.test_one_request_makes_the_calls_of_its_steps, "wait_for_save calls, one a plan")
 class WaitsForSavesTwice(_Changed):
@@ -293,7 +296,7 @@ class ReportsEveryStepTwice(_Changed):
         self.leader.update_connector_output = lambda reports: (give(reports), give(reports))
 
 
-@mutant(EngineTests.test_preempted_request_begins_again, "request_reset tells of it")
+@mutant(EngineTests.test_preempted_request_begins_again, "and request_reset tells of it")
 class ForgetsToTellOfResets(_Changed):
     """Takes a request's pages back without a word."""
 

@@ -318,7 +318,9 @@ def _evict_claimed(self: Any, per_rank: Any) -> None:
 
 
 @mutant(
-    SaveTests.test_frames_stay_as_they_are_while_they_are_written, "given away while it was being written|a claimed block was evicted", over=[FolderStore]
+    SaveTests.test_frames_stay_as_they_are_while_they_are_written,
+    "given away while|a claimed block was evicted",
+    over=[FolderStore],
 )
 class EvictsAClaimedBlock(Right):
     """Evicts a block that is on its way to a store, and fills its slot with another."""
