@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.command == "conformance":
             if options.self_test:
+                if options.target is not None:
+                    raise ConfigError("--self-test runs the kits on their own mutants, and takes no target")
                 from kvconnect.cli.self_test import run_self_test
 
                 return run_self_test(options.json)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,13 @@ def run_self_test(json_file: str | None = None) -> int:
     """
     import pytest  # late: other commands need none of it
 
+    from kvconnect.testing.mutants.table import MUTANTS
+
     started = time.monotonic()
     watch = _Watch()
-    with tempfile.TemporaryDirectory(prefix="kvconnect-self-test-") as name:
+    if json_file:
+        _must_be_writable(Path(json_file))
+    with _without_options(), tempfile.TemporaryDirectory(prefix="kvconnect-self-test-") as name:
         folder = Path(name)
         (folder / "pytest.ini").write_text("[pytest]\n")
         arguments = ["--pyargs", "kvconnect.testing.mutants.cases", "-c", str(folder / "pytest.ini")]
@@ -41,6 +48,10 @@ def run_self_test(json_file: str | None = None) -> int:
         raise ConfigError(watch.trouble or f"the mutants could not be run (pytest ended with {int(status)})")
     mutants = [case for case in watch.cases if case["mutant"]]
     right = [case for case in watch.cases if not case["mutant"]]
+    if len(mutants) != len(MUTANTS):
+        raise ConfigError(
+            f"{len(mutants)} of {len(MUTANTS)} mutants were run; {watch.trouble or 'why, pytest did not say'}"
+        )
     caught = sum(case["good"] for case in mutants)
     passed = sum(case["good"] for case in right)
     rules = {case["rule"] for case in mutants if case["good"]}
@@ -58,6 +69,29 @@ def run_self_test(json_file: str | None = None) -> int:
     return 0 if caught == len(mutants) and passed == len(right) else 1
 
 
+def _must_be_writable(path: Path) -> None:
+    """Find out before minutes have passed.
+
+    Raises:
+        ConfigError: If the report could not be written.
+    """
+    try:
+        path.touch()
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _without_options() -> Iterator[None]:
+    """Keep options for other runs of pytest away from this one."""
+    given = os.environ.pop("PYTEST_ADDOPTS", None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ["PYTEST_ADDOPTS"] = given
+
+
 class _Watch:
     """Collects what came of each case, and prints those that went wrong."""
 
@@ -68,7 +102,9 @@ class _Watch:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Remember what any phase of a test had to say against it."""
-        if report.failed:
+        if report.skipped:
+            self._broken.setdefault(report.nodeid, "it was skipped, and not looked at")
+        elif report.failed:
             message = getattr(getattr(report.longrepr, "reprcrash", None), "message", str(report.longrepr))
             self._broken.setdefault(report.nodeid, message.strip().split("\n")[0])
 

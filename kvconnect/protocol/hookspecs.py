@@ -129,11 +129,12 @@ class LeaderHooks(Protocol):
         Args:
             request: The request that was asked about.
             block_ids: For each layer group, all pages of the request: those found on the device, then those to load
-                into, then the rest. -1 = no page; skip it.
+                into, then the rest, as far as the engine has taken it by now: one that waits for a load may take it
+                afterwards. -1 = no page; skip it.
             num_external_tokens: Tokens to load, from the computed ones on; 0 loads nothing; may be less than offered.
 
         Runs: scheduler process.
-        When: after allocation, once an allocation.
+        When: after allocation, once an allocation; not for a request that goes on in its pages after a reset.
         May block: no.
         On failure: counted; the engine computes these tokens.
         """

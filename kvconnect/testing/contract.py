@@ -14,7 +14,7 @@ from kvconnect.testing.recording import Call, Planned, Script
 
 __all__ = ["check_contract"]
 
-_STEP_END = ("wait_for_save", "get_finished", "get_block_ids_with_load_errors", "build_worker_report")
+_SAID = ("get_finished", "get_block_ids_with_load_errors")  # in any order
 
 
 def check_contract(script: Script) -> None:
@@ -40,7 +40,7 @@ def check_contract(script: Script) -> None:
 def _start(script: Script) -> None:
     """Caches are registered once, then ranks shake hands, then requests come."""
     said = []
-    for rank in script.layouts:
+    for rank in sorted(script.layouts):
         mine = [call.hook for call in script.calls if call.rank == rank]
         must_equal(f"the first hooks of rank {rank}", mine[:2], ["register_kv_caches", "get_handshake_metadata"])
         must_equal(f"registrations of rank {rank}", mine.count("register_kv_caches"), 1)
@@ -122,19 +122,23 @@ def _plans(script: Script) -> None:
     steps = [call.data["step"] for call in plans]
     must(steps == sorted(set(steps)), expected="step numbers that grow and never repeat", got=steps)
     made = [call.data["meta"] for call in plans]
-    for rank in script.layouts:
+    for rank in sorted(script.layouts):
         bound = [call.data["meta"] for call in script.of("bind_connector_meta", rank)]
         must(
             bound == made,
             expected=f"rank {rank} to be bound to every plan, in order, once",
             got=f"{len(bound)} of {len(made)} plans, or in another order",
         )
+        shown = [call.data["meta"] for call in script.of("handle_preemptions", rank)]
+        must(
+            shown == made, expected=f"handle_preemptions of rank {rank} to get the plan of its step", got="another one"
+        )
 
 
 def _hooks_of_a_step(script: Script) -> None:
     """Within a step each worker's hooks come in their order; layer hooks once a layer, in the order of the layers."""
     assert script.engine is not None
-    for rank, layout in script.layouts.items():
+    for rank, layout in sorted(script.layouts.items()):
         layers = sorted(layer for group in layout.groups for layer in group.layers)
         pairs = [(hook, layer) for layer in layers for hook in ("wait_for_layer_load", "save_kv_layer")]
         calls = [call for call in script.calls if call.rank == rank]
@@ -144,7 +148,11 @@ def _hooks_of_a_step(script: Script) -> None:
             seen = [(call.hook, call.data["layer"]) for call in calls_of_step if "layer" in call.data]
             others = [hook for hook in hooks if hook not in ("wait_for_layer_load", "save_kv_layer")]
             where = f"in step {step} of rank {rank}"
-            expected = ["handle_preemptions", "bind_connector_meta", "start_load_kv", *_STEP_END]
+            begin, end = (
+                ["handle_preemptions", "bind_connector_meta", "start_load_kv", "wait_for_save"],
+                ["build_worker_report"],
+            )
+            expected = [*begin, *(_SAID if others[4:6] != [*reversed(_SAID)] else reversed(_SAID)), *end]
             must_equal(f"the hooks {where}", others, expected)
             computes = any(part.scheduled for part in _parts(script, step))
             if script.engine.layer_hooks:
@@ -173,10 +181,14 @@ def _hooks_of_a_step(script: Script) -> None:
 def _reports(script: Script) -> None:
     """Every step's reports reach the leader once, in order, one a rank, as they were made."""
     made: dict[int, list[bytes]] = defaultdict(list)
-    for rank in script.layouts:
+    for rank in sorted(script.layouts):
         for call in script.of("build_worker_report", rank):
             made[call.step].append(call.data["answer"])
     given = [call.data["reports"] for call in script.of("update_connector_output")]
+    open_steps = 0
+    for call in script.calls:
+        open_steps += (call.hook == "build_connector_meta") - (call.hook == "update_connector_output")
+        must(open_steps <= 2, expected="the reports of a step before the next but one is planned", got="later")
     must(
         given == [made[step] for step in sorted(made)],
         expected="the reports of every step, one a rank, once and in the order of the steps",
@@ -192,17 +204,66 @@ def _schedule(script: Script) -> None:
     reached: dict[str, int | None] = {}  # position that the next step computes from; None before the first of a life
     loaded: dict[str, int] = {}
     computed_at: dict[str, int] = {}
+    allocated: dict[str, Call] = {}
+    ever: set[str] = set()  # requests that were allocated in some life
+    known: dict[str, list[int]] = {}
+    failed: set[str] = set()
     for call in script.calls:
         name = call.data.get("request", "")
         if call.hook == "on_new_request" or call.hook == "request_reset":
             told[name], reached[name] = len(call.data["tokens"]), None
-            loaded.pop(name, None)
+            for of_a_life in (loaded, computed_at, allocated):
+                of_a_life.pop(name, None)
+            failed.discard(name)
         elif call.hook == "get_num_new_matched_tokens":
             computed_at[name] = call.data["computed"]
         elif call.hook == "update_state_after_alloc":
-            loaded[name] = computed_at.get(name, 0) + call.data["external"]
+            if name in computed_at:  # an engine need not ask for what it will not load
+                loaded[name] = computed_at[name] + call.data["external"]
+            allocated[name] = call
+            ever.add(name)
+        elif call.hook == "get_block_ids_with_load_errors":
+            failed.update(call.data["failed"])
+        if "tokens" in call.data:
+            _check_tokens(call, known.setdefault(name, list(call.data["tokens"])))
         for part in call.data.get("parts", ()):
+            if part.new and (
+                part.request_id in allocated or part.request_id not in ever
+            ):  # else it goes on in its pages
+                _check_allocation(part, allocated.get(part.request_id), size)
+                if part.request_id not in failed and part.request_id in loaded:
+                    must_equal(f"the first position of {part.request_id}", part.computed, loaded[part.request_id])
             _check_part(script, part, told, reached, loaded, size)
+            known[part.request_id][part.num_tokens - len(part.new_tokens) :] = part.new_tokens
+
+
+def _check_tokens(call: Call, known: list[int]) -> None:
+    """What the leader was told of a request's tokens is what its view says, and not more of it."""
+    must(
+        list(call.data["tokens"][: len(known)]) == known,
+        expected=f"the tokens in the view of {call.data['request']} to begin with those that it was told of",
+        got=f"others in {call.hook}",
+    )
+    known[:] = call.data["tokens"]
+
+
+def _check_allocation(part: Planned, call: Call | None, size: int) -> None:
+    """The pages of a request's first step are those of `update_state_after_alloc`, and more if it waited for a load."""
+    must(
+        call is not None,
+        expected=f"update_state_after_alloc before the first step of {part.request_id}",
+        got="none",
+    )
+    assert call is not None
+    for group, (given, table) in enumerate(zip(call.data["tables"], part.tables, strict=True)):
+        needed = 0 if call.data["external"] else -(-(part.computed + part.scheduled) // size)
+        must(
+            len(given) >= needed,
+            expected=f"all pages of {part.request_id} in its allocation",
+            got=f"{len(given)} blocks",
+        )
+        other = [b for b, page in enumerate(given) if b >= len(table) or table[b] not in (page, -1)]
+        must_equal(f"blocks of {part.request_id} in other pages than it was allocated in group {group}", other, [])
 
 
 def _check_part(
@@ -323,7 +384,7 @@ def _failed(script: Script) -> None:
 def _saved(script: Script) -> None:
     """Every rank is given each request that waits for its saves, once, and no other."""
     waits = [call.data["request"] for call in script.of("request_finished") if call.data["answer"]]
-    for rank in script.layouts:
+    for rank in sorted(script.layouts):
         given = [name for call in script.of("get_finished", rank) for name in sorted(call.data["given"])]
         must_equal(
             f"finished_req_ids of rank {rank}, all steps together",

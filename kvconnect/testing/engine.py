@@ -1,7 +1,8 @@
 """The contract from the engine's side: a recording connector with scripted answers lies under it.
 
 Every test compares what comes out with `EngineUnderTest.expected`, and ends with every rule of
-`kvconnect.testing.contract`; the numbers are TensorRT-LLM's own connector tests', in blocks.
+`kvconnect.testing.contract`, but for those in which hooks raise or answer rubbish: there the connector was not told
+everything. The numbers are TensorRT-LLM's own connector tests', in blocks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from kvconnect.testing.contract import check_contract
 from kvconnect.testing.engines import EngineSetting, EngineUnderTest
 from kvconnect.testing.kit import Kit
 from kvconnect.testing.promise import BrokenPromise, must, must_equal, needs
-from kvconnect.testing.recording import Planned, Script
+from kvconnect.testing.recording import Call, Planned, Script
 
 __all__ = ["EngineTests"]
 
@@ -137,7 +138,7 @@ class EngineTests(Kit):
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> Iterator[Callable[..., _Session]]:
-        """Start the engine with settings; it is closed in the end, and the contract is checked unless told not to."""
+        """Start the engine with settings; it is closed in the end. `check` looks at the contract."""
         plugins = [os.environ.get("KVCONNECT_PLUGINS", ""), "kvconnect.testing.recording"]
         monkeypatch.setenv("KVCONNECT_PLUGINS", ",".join(filter(None, plugins)))
         opened: list[EngineUnderTest] = []
@@ -180,9 +181,9 @@ class EngineTests(Kit):
         known = [len(part.new_tokens) for part in parts]
         late = [0, 0] + [1] * (count - 2) if overlap and known[1:2] == [0] else [0] + [1] * (count - 1)
         must_equal("tokens that became known, step by step", known, late)
-        (allocated,) = [call for call in script.of("update_state_after_alloc") if call.data["request"] == name]
+        allocated = self.only(script, "update_state_after_alloc", name)
         must_equal("blocks of its allocation", {len(_pages(table)) for table in allocated.data["tables"]}, {1})
-        (ended,) = script.of("request_finished")
+        ended = self.only(script, "request_finished", name)
         must_equal("blocks at its end", {len(_pages(table)) for table in ended.data["tables"]}, {1})
         for hook in ("start_load_kv", "wait_for_save", "get_finished", "build_worker_report"):
             calls = len(script.of(hook, 0))
@@ -211,7 +212,7 @@ class EngineTests(Kit):
                 got=f"{sorted(blocks)}",
             )
         must_equal("the last position that is computed", parts[-1].computed, len(prompt) + size - 2)
-        (ended,) = script.of("request_finished")
+        ended = self.only(script, "request_finished", name)
         must_equal("blocks at the end", len(_pages(ended.data["tables"][0])), 3)
         must_equal("tokens at the end", len(ended.data["tokens"]), len(prompt) + size)
         self.check(session)
@@ -231,7 +232,7 @@ class EngineTests(Kit):
         must_equal("position and tokens of the second chunk", (second.computed, second.scheduled), (4 * size, 4 * size))
         must_equal("tokens that became known by the second chunk", len(second.new_tokens), 0)
         must_equal("steps for the rest of the output", len(rest), size - 1)
-        (ended,) = script.of("request_finished")
+        ended = self.only(script, "request_finished", name)
         must_equal("blocks at the end", len(_pages(ended.data["tables"][0])), 9)
         self.check(session)
 
@@ -262,6 +263,31 @@ class EngineTests(Kit):
         asks = [i for i, call in enumerate(script.calls) if _is_ask(call, name)]
         planned = next(i for i, call in enumerate(script.calls) if _plans(call, name))
         must(max(asks) < planned, expected="no question after the first step", got=f"{len(asks)} questions")
+        self.check(session)
+
+    def test_load_goes_on_where_the_device_ends(
+        self, open_engine: Any, engine: Any, script: Script, rng: random.Random
+    ) -> None:
+        """Two blocks are on the device, four are offered on top: those are loaded, into pages behind the first two."""
+        session = open_engine(async_load=True)
+        self.needs_loads(session, parks=None)
+        size = engine.block_size
+        prompt = self.prompt(rng, engine, 6.5)
+        session.run(prompt)
+        session.engine.forget()
+        script.offer = lambda request, computed, known: Match(0, False)
+        session.run([*prompt[: 2 * size], 1])  # computed, and on the device from here on
+        (again,) = session.run([*prompt[: 2 * size], 2])
+        needs(script.plans(again)[0].computed == 2 * size, "a prefix cache on the device")
+        script.offer = None
+        (name,) = session.run(prompt)
+        asks = [
+            call.data["computed"] for call in script.of("get_num_new_matched_tokens") if call.data["request"] == name
+        ]
+        needs(asks[-1:] != [0], "a prefix cache on the device")
+        must_equal("num_computed_tokens of the question", asks[-1], 2 * size)
+        must_equal("tokens taken on top", _taken(script, name), 4 * size)
+        must_equal("the first position", script.plans(name)[0].computed, 6 * size)
         self.check(session)
 
     @pytest.mark.parametrize("offered", [0, 1])
@@ -363,13 +389,15 @@ class EngineTests(Kit):
         self.check(session)
 
     @pytest.mark.parametrize("parks", [False, True])
+    @pytest.mark.parametrize("rank", [None, 0, 1])
     def test_failed_load_is_computed(
-        self, open_engine: Any, engine: Any, script: Script, rng: random.Random, parks: bool
+        self, open_engine: Any, engine: Any, script: Script, rng: random.Random, parks: bool, rank: int | None
     ) -> None:
-        """Blocks that could not be loaded are computed, from the first of them on; the output is the same."""
-        session = open_engine(async_load=parks)
+        """Blocks that could not be loaded, on whichever rank, are computed from the first of them on."""
+        session = open_engine(async_load=parks, num_ranks=1 if rank is None else 2)
         self.needs_loads(session, parks=parks)
         script.parks = parks
+        script.failing_rank = rank
         prompt = self.prompt(rng, engine, 6.5)
         session.run(prompt)
         session.engine.forget()
@@ -606,6 +634,12 @@ class EngineTests(Kit):
             if rng.random() < 0.1:
                 session.engine.forget()
         self.check(session)
+
+    def only(self, script: Script, hook: str, name: str) -> Call:
+        """Return the one call of a hook for a request."""
+        calls = [call for call in script.of(hook) if call.data["request"] == name]
+        must_equal(f"calls of {hook} for one request", len(calls), 1)
+        return calls[0]
 
     def _open_any(self, open_engine: Any, setting: EngineSetting) -> _Session:
         """Open the engine with what it can do of a setting."""

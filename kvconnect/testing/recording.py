@@ -45,7 +45,7 @@ class Call(NamedTuple):
     Attributes:
         hook: Its name.
         rank: Of the worker; -1 for the leader.
-        step: The last step that the leader had planned, -1 before the first.
+        step: The last step that the leader had planned, -1 before the first; of a worker, the one that it runs.
         data: What was given and answered, copied.
     """
 
@@ -94,6 +94,7 @@ class Script:
         save_steps: If not 0, blocks are saved only after their request has ended, that many steps later; rank r takes r
             more. The pages must stay until then.
         failing: Says whether a load of ``(request_id, block)`` fails.
+        failing_rank: The one rank on which it does; None for all.
         raising: Hooks that raise, by name: on every n-th call.
         answering: Answers of hooks, by name, instead of the right ones.
         busy_steps: Empty steps for which the connector says that it has work.
@@ -111,6 +112,7 @@ class Script:
         self.load_steps = 0
         self.save_steps = 0
         self.failing: Callable[[str, int], bool] = lambda request_id, block: False
+        self.failing_rank: int | None = None
         self.raising: dict[str, int] = {}
         self.answering: dict[str, Any] = {}
         self.busy_steps = 0
@@ -144,9 +146,9 @@ class Script:
         """The prompt of each request that arrived."""
         return {call.data["request"]: call.data["tokens"] for call in self.of("on_new_request")}
 
-    def note(self, hook: str, rank: int = -1, **data: Any) -> None:
-        """Write a call down; raise if the script says so."""
-        self.calls.append(Call(hook, rank, self.step, data))
+    def note(self, hook: str, rank: int = -1, at: int | None = None, **data: Any) -> None:
+        """Write a call down; raise if the script says so. A worker says of which step it is (`at`)."""
+        self.calls.append(Call(hook, rank, self.step if at is None else at, data))
         every = self.raising.get(hook, 0)
         if every:
             self._counts[hook] = self._counts.get(hook, 0) + 1
@@ -229,14 +231,14 @@ class _Leader(Leader):
 
     def set_handshake_metadata(self, per_rank: Sequence[bytes]) -> None:
         self._script.note("set_handshake_metadata", per_rank=list(per_rank))
-        self._size, self._groups = json.loads(per_rank[0])
+        _, self._size, self._groups = json.loads(per_rank[0])
 
     def on_new_request(self, request: RequestView) -> None:
         self._requests[request.request_id] = _Request(request)
         self._script.note("on_new_request", request=request.request_id, tokens=tuple(request.tokens))
 
     def get_num_new_matched_tokens(self, request: RequestView, num_computed_tokens: int) -> Match:
-        known, state = 0, self._requests[request.request_id]
+        known, state = 0, self._living(request, "get_num_new_matched_tokens")
         state.tokens = list(request.tokens)
         if num_computed_tokens % self._size == 0 and state.cached:
             block = num_computed_tokens // self._size
@@ -251,14 +253,18 @@ class _Leader(Leader):
             answer = script.offer(request, num_computed_tokens, known)
         state.answer, state.asked_at = answer, num_computed_tokens
         script.note(
-            "get_num_new_matched_tokens", request=request.request_id, computed=num_computed_tokens, answer=answer
+            "get_num_new_matched_tokens",
+            request=request.request_id,
+            tokens=tuple(request.tokens),
+            computed=num_computed_tokens,
+            answer=answer,
         )
         return answer  # type: ignore[no-any-return]
 
     def update_state_after_alloc(
         self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
     ) -> None:
-        name, state = request.request_id, self._requests[request.request_id]
+        name, state = request.request_id, self._living(request, "update_state_after_alloc")
         tables = [list(table) for table in block_ids]
         parks = bool(num_external_tokens and state.answer and state.answer[1])
         self._script.note(
@@ -276,13 +282,17 @@ class _Leader(Leader):
 
     def cancel_load(self, request: RequestView, start: int, end: int) -> None:
         self._script.note("cancel_load", request=request.request_id, start=start, end=end)
-        self._loads.pop(request.request_id, None)
+        name = request.request_id
+        if name in self._loads:
+            parks, moves, bad = self._loads[name]
+            gone = {self._requests[name].name(b, self._size) for b in range(start // self._size, end // self._size)}
+            self._loads[name] = (parks, [move for move in moves if move[2] not in gone], bad)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> bytes:
         step = self._script.step = scheduler_output.step
         parts = [Planned.of(part, new=True) for part in scheduler_output.new_requests]
         parts += [Planned.of(part, new=False) for part in scheduler_output.cached_requests]
-        saves = [save for part in parts for save in self._saves(part)]
+        saves = [save for part in parts if part.request_id in self._requests for save in self._saves(part)]
         late = [(name, moves) for due, name, moves in self._late if due <= step]
         self._late = [each for each in self._late if each[0] > step]
         plan = {
@@ -321,7 +331,8 @@ class _Leader(Leader):
 
     def request_finished(self, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
         name = request.request_id
-        state = self._requests.pop(name)
+        state = self._living(request, "request_finished")
+        del self._requests[name]
         self._loads.pop(name, None)
         self._parked.discard(name)
         keeps = False
@@ -362,6 +373,12 @@ class _Leader(Leader):
 
     def shutdown(self) -> None:
         self._script.note("shutdown")
+
+    def _living(self, request: RequestView, hook: str) -> _Request:
+        """Return what is known of a request; a call for another one is written down all the same."""
+        if request.request_id not in self._requests:
+            self._script.note(hook, request=request.request_id)
+        return self._requests[request.request_id]
 
     def _there(self, name: str) -> bool:
         blocks = self._script.blocks
@@ -412,15 +429,15 @@ class _Worker(Worker):
         self._script.layouts[self._rank] = self._cache = layout
 
     def get_handshake_metadata(self) -> bytes:
-        said = json.dumps([self._cache.groups[0].block_size, len(self._cache.groups)]).encode()
+        said = json.dumps([self._rank, self._cache.groups[0].block_size, len(self._cache.groups)]).encode()
         self._script.note("get_handshake_metadata", self._rank, answer=said)
         return said
 
     def handle_preemptions(self, meta: bytes) -> None:
-        self._script.note("handle_preemptions", self._rank, meta=meta)
+        self._script.note("handle_preemptions", self._rank, json.loads(meta)["step"], meta=meta)
 
     def bind_connector_meta(self, meta: bytes) -> None:
-        self._script.note("bind_connector_meta", self._rank, meta=meta)
+        self._script.note("bind_connector_meta", self._rank, json.loads(meta)["step"], meta=meta)
         self._plan = json.loads(meta)
         self._bad = [set() for _ in self._cache.groups]
         self._copied = {}
@@ -429,13 +446,15 @@ class _Worker(Worker):
         self._sync = []
 
     def start_load_kv(self) -> None:
-        self._script.note("start_load_kv", self._rank)
+        self._script.note("start_load_kv", self._rank, self._plan["step"])
         for name, parks, moves, bad in self._plan["loads"]:
             if parks:
-                self._parked.append(_Parked(name, moves, set(bad), self._script.load_steps + self._rank))
+                self._parked.append(
+                    _Parked(name, moves, set(bad if self._fails else ()), self._script.load_steps + self._rank)
+                )
                 continue
             for group, page, block in moves:
-                if page in bad:
+                if page in bad and self._fails:
                     self._fail(name, group, page)
                 else:
                     self._sync.append((group, page, block))
@@ -449,15 +468,15 @@ class _Worker(Worker):
             self._load(self._sync, None)
 
     def wait_for_layer_load(self, layer: int) -> None:
-        self._script.note("wait_for_layer_load", self._rank, layer=layer)
+        self._script.note("wait_for_layer_load", self._rank, self._plan["step"], layer=layer)
         self._load(self._sync, layer)
 
     def save_kv_layer(self, layer: int) -> None:
-        self._script.note("save_kv_layer", self._rank, layer=layer)
+        self._script.note("save_kv_layer", self._rank, self._plan["step"], layer=layer)
         self._copy(layer)
 
     def wait_for_save(self) -> None:
-        self._script.note("wait_for_save", self._rank)
+        self._script.note("wait_for_save", self._rank, self._plan["step"])
         self._copy(None)
         for (group, block), parts in self._copied.items():
             ordered = [parts[number] for number in sorted(parts)]
@@ -473,12 +492,14 @@ class _Worker(Worker):
         failed = loaded & self._failed
         self._said_saved, self._said_loaded = sorted(saved), sorted(loaded)
         answer = Finished(frozenset(saved), loaded, failed)
-        self._script.note("get_finished", self._rank, given=finished_req_ids, answer=answer)
+        self._script.note("get_finished", self._rank, self._plan["step"], given=finished_req_ids, answer=answer)
         return answer
 
     def get_block_ids_with_load_errors(self) -> list[set[int]]:
         answer = [set(pages) for pages in self._bad]
-        self._script.note("get_block_ids_with_load_errors", self._rank, answer=answer, failed=sorted(self._failed))
+        self._script.note(
+            "get_block_ids_with_load_errors", self._rank, self._plan["step"], answer=answer, failed=sorted(self._failed)
+        )
         given: list[set[int]] = self._script.answering.get("get_block_ids_with_load_errors", answer)
         return given
 
@@ -491,11 +512,15 @@ class _Worker(Worker):
             "saved": self._said_saved,
         }
         answer = json.dumps(said).encode()
-        self._script.note("build_worker_report", self._rank, answer=answer)
+        self._script.note("build_worker_report", self._rank, self._plan["step"], answer=answer)
         return answer
 
     def shutdown(self) -> None:
         self._script.note("shutdown", self._rank)
+
+    @property
+    def _fails(self) -> bool:
+        return self._script.failing_rank in (None, self._rank)
 
     @property
     def _hooked(self) -> bool:

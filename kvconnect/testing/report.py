@@ -13,7 +13,8 @@ import msgspec
 from kvconnect.options import ByteSize
 from kvconnect.testing.engine import EngineTests
 from kvconnect.testing.installed import KITS
-from kvconnect.testing.mutants import MUTANTS, Mutant
+from kvconnect.testing.mutants.base import Mutant
+from kvconnect.testing.mutants.table import MUTANTS
 
 __all__ = [
     "connector_table",

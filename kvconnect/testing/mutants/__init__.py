@@ -1,13 +1,8 @@
 """Mutants: stores, connectors and engines that are right but for one small mistake, as real authors make them.
 
-They prove the kits: a rule that catches none proves nothing. `kvconnect conformance --self-test` runs them.
+They prove the kits: a rule that catches none proves nothing. `kvconnect conformance --self-test` runs them. `base.py`
+says what a mutant is, `table.py` has all of them, `cases.py` makes tests of them. Nothing is imported here: tests start
+processes that need only one.
 """
 
-import importlib
-
-from kvconnect.testing.mutants.base import MUTANTS, Mutant
-
-__all__ = ["MUTANTS", "Mutant"]
-
-for _name in ("keys", "offers", "loads", "saves", "life", "engines", "stores", "halves", "imports_torch", "faults"):
-    importlib.import_module(f"kvconnect.testing.mutants.{_name}")  # each registers its own
+__all__: list[str] = []

@@ -17,8 +17,8 @@ import pytest
 from kvconnect.protocol import Connector
 from kvconnect.store import BlockStore
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.mutants import MUTANTS
 from kvconnect.testing.mutants.base import Mutant
+from kvconnect.testing.mutants.table import MUTANTS
 
 __all__ = ["caught_class", "right_class"]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from kvconnect.driver import LeaderDriver
 from kvconnect.protocol import Match
 from kvconnect.testing.engine import EngineTests
 from kvconnect.testing.engines import EngineSetting
@@ -169,6 +170,64 @@ class IgnoresLoadErrors(_WithoutGuards):
             worker.get_block_ids_with_load_errors = lambda said=said: [set() for _ in said() or self.cache.pools]
 
 
+@mutant(EngineTests.test_failed_load_is_computed, "computed from|come out without", parameters={"rank": 0})
+class HearsTheLastRankOnly(_WithoutGuards):
+    """Keeps the load errors of the rank that spoke last."""
+
+    def change(self) -> None:
+        super().change()
+        for worker in self.workers[:-1]:
+            worker.get_block_ids_with_load_errors = lambda: [set() for _ in self.cache.pools]
+
+
+@mutant(EngineTests.test_load_goes_on_where_the_device_ends, "num_computed_tokens of the question")
+class AsksFromZero(_Changed):
+    """Asks about a prompt from its beginning, whatever of it is on the device."""
+
+    def change(self) -> None:
+        ask = self.leader.get_num_new_matched_tokens
+
+        def asked(request: Any, computed: int) -> Match:
+            count, parks = ask(request, 0)
+            return Match(max(0, count - computed), parks and count > computed)
+
+        self.leader.get_num_new_matched_tokens = asked
+
+
+@mutant(EngineTests.test_one_request_makes_the_calls_of_its_steps, "was told of")
+class TellsOtherTokens(_Changed):
+    """Tells as many new tokens as there are, and others."""
+
+    def change(self) -> None:
+        _described(self, lambda part: msgspec.structs.replace(part, new_tokens=[1] * len(part.new_tokens)))
+
+
+@mutant(
+    EngineTests.test_parked_request_waits_for_every_rank,
+    "handshakes that the leader was given",
+    parameters={"num_ranks": 2},
+)
+class MixesUpHandshakes(_Changed):
+    """Hands the ranks' handshakes over in another order."""
+
+    def __init__(self, connector: Any, setting: EngineSetting, folder: Path) -> None:
+        shake = LeaderDriver.set_handshake_metadata
+        try:
+            LeaderDriver.set_handshake_metadata = lambda self, per_rank: shake(self, per_rank[::-1])  # type: ignore[method-assign]
+            super().__init__(connector, setting, folder)
+        finally:
+            LeaderDriver.set_handshake_metadata = shake  # type: ignore[method-assign]
+
+
+@mutant(EngineTests.test_one_request_makes_the_calls_of_its_steps, "has ended|calls of request_finished")
+class EndsTwice(_Changed):
+    """Tells of a request's end twice."""
+
+    def change(self) -> None:
+        end = self.leader.request_finished
+        self.leader.request_finished = lambda request, block_ids: (end(request, block_ids), end(request, block_ids))[0]
+
+
 @mutant(EngineTests.test_load_errors_of_nonsense_trust_nothing, "tokens that come out without")
 class TakesNonsenseForNoErrors(_WithoutGuards):
     """Takes an answer that cannot be read for "nothing failed"."""
@@ -261,7 +320,9 @@ class CallsAHookUnguarded(_Changed):
 
 
 @mutant(
-    EngineTests.test_rubbish_answers_are_no_match, "an answer that is|Error", parameters={"answer": "a part of a block"}
+    EngineTests.test_rubbish_answers_are_no_match,
+    "an answer that is|IndexError|AssertionError",
+    parameters={"answer": "a part of a block"},
 )
 class TrustsAnyAnswer(_Changed):
     """Takes an answer as it comes."""

@@ -243,7 +243,7 @@ class KeepsPages(Right):
     FaultTests.test_hundred_requests_leave_room_for_one_more,
     "saved after a hundred requests to be 24; got 0.*must be let go",
 )
-class LeaksAClaim(Right):
+class KeepsClaimsOfTheEnded(Right):
     """Forgets what a request has claimed that ends before its loads are planned."""
 
     leader = leader(_drop=lambda self, state: self._lookup.forget(state.request_id))
@@ -351,7 +351,7 @@ class DrawsASecretAtStart(Right):
 
 
 @mutant(StatefulTests.test_any_program_of_operations_reads_right_bytes, "only what was computed to be offered")
-class ForgetsNothing(Right):
+class ResetsNothing(Right):
     """Says that it has reset its cache."""
 
     leader = leader(reset_cache=lambda self: True)
@@ -373,16 +373,3 @@ class SavesThePromptAtOnce(Right):
     """Saves a whole prompt with its first chunk, before the rest of it is computed."""
 
     leader = leader(build_connector_meta=_plan_it_all)
-
-
-@mutant(FaultTests.test_damaged_block_is_stored_again, "must not keep the block from being stored")
-class KeepsWhatIsThere(FolderStore):
-    """Never writes again where a file is, so that a damaged one keeps its place for ever."""
-
-    def write(self, keys: Any, frames: Any) -> Any:
-        new = [i for i, key in enumerate(keys) if not self.name(key).exists()]
-        super().write([keys[i] for i in new], [frames[i] for i in new])
-        return [True] * len(keys)
-
-    def remove(self, keys: Any) -> None:
-        """Leave it to whoever tidies up."""
