@@ -284,7 +284,6 @@ class EngineTests(Kit):
         asks = [
             call.data["computed"] for call in script.of("get_num_new_matched_tokens") if call.data["request"] == name
         ]
-        needs(asks[-1:] != [0], "a prefix cache on the device")
         must_equal("num_computed_tokens of the question", asks[-1], 2 * size)
         must_equal("tokens taken on top", _taken(script, name), 4 * size)
         must_equal("the first position", script.plans(name)[0].computed, 6 * size)
