@@ -33,7 +33,7 @@ def test_broken_store_gives_status_1_and_a_line_that_says_why(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = json.dumps({"path": "{tmp}/here"})
-    target = "tests.kit.broken_stores:FillsWhatFits"
+    target = "kvconnect.testing.mutants.stores:FillsWhatFits"
     assert main(["conformance", target, "--kit", "store", "--quick", "--options", options, "--seed", "3"]) == 1
     said = capsys.readouterr().out
     (line,) = [each for each in said.splitlines() if each.startswith("BROKEN")]
@@ -71,12 +71,67 @@ def test_host_says_that_it_has_no_store(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_seeds_run_what_depends_on_them_and_the_rest_once(tmp_path: Path) -> None:
-    chosen = "test_absent_key_is_a_miss or test_hundred_requests"
+    chosen = "test_absent_key_is_a_miss or test_hundred_requests_leave_nothing"
     found = run_kit("disk", chosen, tmp_path, "--kv-seed", "5", "--kv-seeds", "3")
     assert [(each["test"], each["seed"]) for each in found] == [
         ("test_absent_key_is_a_miss", 5),
         *(("test_hundred_requests_leave_nothing", seed) for seed in (5, 6, 7)),
     ]
+
+
+@pytest.fixture
+def few_mutants(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a self-test collect one mutant and what it was made from: `make test-kits` runs all of them."""
+    from kvconnect.testing.mutants import cases, table
+
+    some: dict[str, type] = {}
+    for name, kind in list(vars(cases).items()):
+        if not name.startswith("Test"):
+            continue
+        if kind.about["name"] in ("ShortensKeys", "FolderStore") and "never_mixed_up" in kind.about["rule"]:
+            some[name] = kind
+        else:
+            monkeypatch.delattr(cases, name)
+    assert len(some) == 2
+    monkeypatch.setattr(table, "MUTANTS", [each for each in table.MUTANTS if each.kind.__name__ == "ShortensKeys"])
+
+
+@pytest.mark.usefixtures("few_mutants")
+def test_self_test_says_what_was_caught(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_at_all")  # other runs' options are not this one's
+    assert main(["conformance", "--self-test", "--json", str(tmp_path / "report.json")]) == 0
+    said = capsys.readouterr().out
+    assert "caught 1 / 1" in said
+    assert "right ones that pass the same tests: 1 / 1" in said
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {case["name"] for case in report["cases"]} == {"ShortensKeys", "FolderStore"}
+
+
+@pytest.mark.usefixtures("few_mutants")
+def test_kit_that_lost_a_rule_fails_its_self_test(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A promise that nothing can break any more: the mutant survives."""
+    monkeypatch.setattr("kvconnect.testing.store.must", lambda *_, **__: None)
+    assert main(["conformance", "--self-test"]) == 1
+    said = capsys.readouterr().out
+    assert "ShortensKeys survives" in said
+    assert "caught 0 / 1" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--self-test", "disk"], "takes no target"),
+        ([], "name what to test"),
+        (["--self-test", "--json", "/no/x"], "/no/x"),
+    ],
+)
+def test_self_test_that_cannot_run_says_why(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["conformance", *arguments]) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_plugin_imports_nothing_of_ours() -> None:
@@ -95,7 +150,7 @@ class TestMine(StoreTests):
     expected_failures = {failures}
     @pytest.fixture
     def connector(self, tmp_path):
-        return ("tests.kit.broken_stores:{store}", {{"path": str(tmp_path)}})
+        return ("kvconnect.testing.mutants.stores:{store}", {{"path": str(tmp_path)}})
     def test_needs_a_machine(self):
         not_here("no such device")
 """
