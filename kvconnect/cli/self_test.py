@@ -110,15 +110,13 @@ class _Watch:
 
     def pytest_runtest_teardown(self, item: Any) -> None:
         """Note the case that ends."""
-        about = item.cls.about
-        self.cases.append({"id": item.nodeid, **about, "good": True, "said": ""})
+        self.cases.append(dict(item.cls.about))
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Judge it."""
         case = self.cases[-1]
         case["said"] = self._broken.get(nodeid, "")
         case["good"] = not case["said"]
-        del case["id"]
         if not case["good"]:
             print(f"{case['name']}, {case['rule']}: {case['said']}", flush=True)
         elif sys.stdout.isatty():

@@ -148,11 +148,9 @@ def _hooks_of_a_step(script: Script) -> None:
             seen = [(call.hook, call.data["layer"]) for call in calls_of_step if "layer" in call.data]
             others = [hook for hook in hooks if hook not in ("wait_for_layer_load", "save_kv_layer")]
             where = f"in step {step} of rank {rank}"
-            begin, end = (
-                ["handle_preemptions", "bind_connector_meta", "start_load_kv", "wait_for_save"],
-                ["build_worker_report"],
-            )
-            expected = [*begin, *(_SAID if others[4:6] != [*reversed(_SAID)] else reversed(_SAID)), *end]
+            said = _SAID[::-1] if tuple(others[4:6]) == _SAID[::-1] else _SAID
+            begin = ("handle_preemptions", "bind_connector_meta", "start_load_kv", "wait_for_save")
+            expected = [*begin, *said, "build_worker_report"]
             must_equal(f"the hooks {where}", others, expected)
             computes = any(part.scheduled for part in _parts(script, step))
             if script.engine.layer_hooks:

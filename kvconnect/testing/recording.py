@@ -437,8 +437,9 @@ class _Worker(Worker):
         self._script.note("handle_preemptions", self._rank, json.loads(meta)["step"], meta=meta)
 
     def bind_connector_meta(self, meta: bytes) -> None:
-        self._script.note("bind_connector_meta", self._rank, json.loads(meta)["step"], meta=meta)
-        self._plan = json.loads(meta)
+        plan = json.loads(meta)
+        self._script.note("bind_connector_meta", self._rank, plan["step"], meta=meta)
+        self._plan = plan
         self._bad = [set() for _ in self._cache.groups]
         self._copied = {}
         self._said_saved, self._said_loaded = [], []

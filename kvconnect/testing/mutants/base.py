@@ -1,6 +1,6 @@
 """What a mutant is: a class that is right but for one mistake, and the kit's test that must catch it.
 
-    @mutant(ConnectorTests.test_offer_counts_from_what_is_computed, "count from num_computed_tokens")
+    @mutant(OfferTests.test_offer_counts_from_what_is_computed, "count from num_computed_tokens")
     class CountsFromZero(Right):
         "Forgets what is computed already."
 

@@ -70,7 +70,7 @@ def _case(mutant: Mutant, kind: type, judge: Callable[[Callable[[], None]], None
         parameters=[each for name, each in signature.parameters.items() if name not in parameters]
     )
     members: dict[str, Any] = {name: None for name in dir(kit) if name.startswith("test_")}
-    members |= {f"test_{rule.__name__.removeprefix('test_')}": test, "kv_kit": False, "__module__": __name__}
+    members |= {rule.__name__: test, "kv_kit": False, "__module__": __name__}
     name = "connector" if issubclass(kind, (BlockStore, Connector)) else "engine"
     members[name] = _fixture(name, under(mutant, kind))
     members |= {"quick": _fixture("quick", True), "patience_s": _fixture("patience_s", patience_s)}
