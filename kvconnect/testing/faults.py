@@ -24,10 +24,10 @@ from kvconnect.store import BlockStore, open_frame
 from kvconnect.store.wrapper import WrapperStore
 from kvconnect.testing.harness import BLOCK, StepEngine
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.leader import set_trap, trap_sprung
 from kvconnect.testing.promise import BrokenPromise, must, must_equal, needs, not_shown
 from kvconnect.testing.simulation import Setting, make_prompts, simulate
 from kvconnect.testing.target import Target
+from kvconnect.testing.trap import set_trap, trap_sprung
 
 __all__ = ["FaultTests"]
 

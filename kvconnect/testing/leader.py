@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
 import subprocess
 import sys
@@ -23,11 +22,11 @@ from kvconnect.protocol import (
     SchedulerOutput,
 )
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import must, must_equal, needs, not_shown
-from kvconnect.testing.store import must_refuse
+from kvconnect.testing.promise import must, must_equal, must_refuse, needs, not_shown
 from kvconnect.testing.target import ENGINE, Target
+from kvconnect.testing.trap import set_trap, trap_sprung
 
-__all__ = ["LeaderTests", "set_trap", "trap_sprung"]
+__all__ = ["LeaderTests"]
 
 _SUSPEND: dict[str, tuple[Any, ...]] = {
     "suspend": ([], 0),
@@ -39,30 +38,6 @@ _SUSPEND: dict[str, tuple[Any, ...]] = {
 def view(name: str, tokens: list[int], **fields: object) -> RequestView:
     """Return a request of these tokens."""
     return RequestView(request_id=name, tokens=tuple(tokens), num_prompt_tokens=len(tokens), **fields)  # type: ignore[arg-type]
-
-
-class _Trap:
-    """Unpickling it runs code."""
-
-    sprung = False
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_spring, ())
-
-
-def _spring() -> None:
-    _Trap.sprung = True
-
-
-def set_trap() -> bytes:
-    """Return a pickle that runs code, which sees those too who call pickle by a name that `Kit.unpickled` misses."""
-    _Trap.sprung = False
-    return pickle.dumps(_Trap())
-
-
-def trap_sprung() -> bool:
-    """Say whether somebody has unpickled it."""
-    return _Trap.sprung
 
 
 class LeaderTests(Kit):

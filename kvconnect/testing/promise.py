@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import pytest
 
-__all__ = ["BrokenPromise", "must", "must_equal", "needs", "not_here", "not_shown"]
+from kvconnect.errors import UnsupportedError
+
+__all__ = ["BrokenPromise", "must", "must_equal", "must_refuse", "needs", "not_here", "not_shown"]
 
 NOT_SHOWN = "not shown: "
 NOT_DECLARED = "not declared: "
@@ -53,6 +56,21 @@ def must_equal(what: str, got: object, expected: object, hint: str = "") -> None
         BrokenPromise: If they are not.
     """
     must(got == expected, expected=f"{what} to be {_short(expected)}", got=got, hint=hint)
+
+
+def must_refuse(what: str, call: Callable[[], Any]) -> None:
+    """Break the promise unless `call` raises UnsupportedError."""
+    try:
+        result = call()
+    except UnsupportedError:
+        return
+    except Exception as error:
+        result = error
+    raise BrokenPromise(
+        expected=f"{what} to raise UnsupportedError: it is not declared",
+        got=repr(result),
+        hint="leave it to the base class, or declare the capability",
+    )
 
 
 def not_shown(why: str) -> NoReturn:

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from kvconnect.errors import ConfigError, UnsupportedError
+from kvconnect.errors import ConfigError
 from kvconnect.options import convert_options
 from kvconnect.protocol.keys import KEY_BYTES, BlockKey
 from kvconnect.store import BlockStore, StoreCapabilities
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.promise import BrokenPromise, must, must_equal, needs, not_shown
+from kvconnect.testing.promise import must, must_equal, must_refuse, needs, not_shown
 from kvconnect.testing.target import Target
 
-__all__ = ["StoreTests", "must_refuse"]
+__all__ = ["StoreTests"]
 
 _CAPACITY = 1 << 20  # of a store whose limit is looked at
 _LARGE = 40_000  # bytes of a frame there
@@ -53,21 +53,6 @@ def write_all(store: BlockStore, keys: Sequence[BlockKey], frames: Sequence[byte
         list(taken) == [True] * len(keys),
         expected="write to keep every frame: the store is new and has room",
         got=list(taken),
-    )
-
-
-def must_refuse(what: str, call: Callable[[], Any]) -> None:
-    """Break the promise unless `call` raises UnsupportedError."""
-    try:
-        result = call()
-    except UnsupportedError:
-        return
-    except Exception as error:
-        result = error
-    raise BrokenPromise(
-        expected=f"{what} to raise UnsupportedError: it is not declared",
-        got=repr(result),
-        hint="leave it to the base class, or declare the capability",
     )
 
 

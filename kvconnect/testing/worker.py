@@ -13,9 +13,9 @@ from kvconnect.errors import KVConnectError
 from kvconnect.hooks import bind_hooks, hook_names
 from kvconnect.protocol import KVCacheLayout, LayerGroup, Region, WorkerContext, WorkerHooks
 from kvconnect.testing.kit import Kit
-from kvconnect.testing.leader import set_trap, trap_sprung
 from kvconnect.testing.promise import BrokenPromise, must, must_equal, needs
 from kvconnect.testing.target import ENGINE, Target
+from kvconnect.testing.trap import set_trap, trap_sprung
 
 __all__ = ["LAYOUTS", "WorkerTests", "make_layout"]
 
