@@ -19,6 +19,7 @@ from kvconnect.hooks import bind_hooks
 from kvconnect.log import FailureLog
 from kvconnect.protocol import (
     CacheEvent,
+    Capabilities,
     EngineCapabilities,
     Finished,
     KVCacheLayout,
@@ -98,6 +99,8 @@ class LeaderDriver(_Driver):
         block_size: int,
         sync_load: bool = True,
         async_load: bool = False,
+        capabilities: Capabilities | None = None,
+        tier_names: Sequence[str] = (),
         wrappers: Sequence[object] = (),
     ) -> None:
         """Bind the leader's hooks.
@@ -108,6 +111,8 @@ class LeaderDriver(_Driver):
             sync_load: Whether the engine can take back a load that failed within a step; if not, such an offer breaks
                 the rules.
             async_load: Whether the engine can park a request; if not, an offer of that kind breaks the rules.
+            capabilities: What the connector declares; hooks that belong to one that it does not are not called.
+            tier_names: Its stores, in the order of their tiers.
             wrappers: Observers.
 
         Raises:
@@ -117,6 +122,8 @@ class LeaderDriver(_Driver):
         self._block_size = block_size
         self._sync_load = sync_load
         self._async_load = async_load
+        self.capabilities = capabilities or Capabilities()
+        self.tier_names = tuple(tier_names)
 
     def set_handshake_metadata(self, per_rank: Sequence[bytes]) -> None:
         """Hand over what each rank said."""
@@ -150,6 +157,22 @@ class LeaderDriver(_Driver):
         if num_computed_tokens + count >= len(request.tokens):
             return f"offered {count} tokens on top of {num_computed_tokens}, of {len(request.tokens)}: none is left"
         return ""
+
+    def claim_match(self, request: RequestView, num_tokens: int) -> int:
+        """Hold an offer; return how much of it is held, all of it if the connector holds nothing for anybody."""
+        if not self.capabilities.batch_claim or not num_tokens:
+            return num_tokens
+        held = self._call("claim_match", 0, request, num_tokens)
+        if not isinstance(held, int) or not 0 <= held <= num_tokens or held % self._block_size:
+            self._failed("claim_match", f"returned {held!r}, not whole blocks of at most {num_tokens} tokens")
+            self.release_match(request)
+            return 0
+        return held
+
+    def release_match(self, request: RequestView) -> None:
+        """Let go of a held offer."""
+        if self.capabilities.batch_claim:
+            self._call("release_match", None, request)
 
     def update_state_after_alloc(
         self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
@@ -185,6 +208,22 @@ class LeaderDriver(_Driver):
     def request_reset(self, request: RequestView) -> None:
         """Tell that a request lost its pages and will run again."""
         self._call("request_reset", None, request)
+
+    def suspend(self, request: RequestView, block_ids: Sequence[Sequence[int]], num_tokens: int) -> bool:
+        """Ask to move a request's pages below the device; True frees them once they are reported as saved."""
+        return self.capabilities.suspend and self._call("suspend", False, request, block_ids, num_tokens) is True
+
+    def prefetch(self, request: RequestView, tier: int) -> bool:
+        """Ask to move a suspended request's blocks up to a tier."""
+        return self.capabilities.suspend and self._call("prefetch", False, request, tier) is True
+
+    def resume(self, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
+        """Ask to load a suspended request's blocks into pages; True ends like an asynchronous load."""
+        return self.capabilities.suspend and self._call("resume", False, request, block_ids) is True
+
+    def resize_tier(self, tier: int, num_bytes: int) -> bool:
+        """Ask to grow or shrink a tier."""
+        return self.capabilities.suspend and self._call("resize_tier", False, tier, num_bytes) is True
 
     def has_pending_work(self) -> bool:
         """Ask whether to keep stepping without tokens."""
@@ -376,6 +415,8 @@ def open_leader(
         block_size=block_size,
         sync_load=engine.sync_load,
         async_load=engine.async_load,
+        capabilities=capabilities,
+        tier_names=[tier.name for tier in resolved.tiers],
         wrappers=wrappers,
     )
 

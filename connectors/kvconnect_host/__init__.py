@@ -22,6 +22,8 @@ class HostOptions(Options, frozen=True):
 
     Attributes:
         capacity: Host bytes of the whole engine, divided by the ranks on the machine.
+        reserve: Host bytes that the tier may be resized to while the engine runs; 0 for no more than `capacity`. On a
+            machine without a GPU they are addresses, and take memory only when they are used.
         key_secret: Keys the block hashes, so that who can list a store cannot confirm a guessed prompt; the same for
             everyone who shares it.
         load_policy: ``always`` loads what the stores have; ``cost`` computes what they would take longer to bring, by
@@ -29,6 +31,7 @@ class HostOptions(Options, frozen=True):
     """
 
     capacity: ByteSize = ByteSize("2GiB")
+    reserve: ByteSize = ByteSize(0)
     key_secret: Secret = Secret("")
     load_policy: Literal["always", "cost"] = "always"
 
@@ -38,7 +41,12 @@ class HostConnector(Connector):
 
     Options = HostOptions
     capabilities = Capabilities(
-        async_load=True, several_groups=True, several_ranks=True, needs=("handshake", "reports")
+        async_load=True,
+        several_groups=True,
+        several_ranks=True,
+        batch_claim=True,
+        suspend=True,
+        needs=("handshake", "reports"),
     )
 
     def make_leader(self, options: HostOptions, context: LeaderContext) -> OffloadLeader:
@@ -51,7 +59,7 @@ class HostConnector(Connector):
         """Make one rank's offload worker."""
         from kvconnect.worker import OffloadWorker  # late: it imports torch
 
-        return OffloadWorker(context, capacity=options.capacity)
+        return OffloadWorker(context, capacity=options.capacity, reserve=options.reserve)
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from kvconnect.leader.index import Entry
 from kvconnect.leader.ledger import OpenStep
 from kvconnect.leader.request import PlannedLoad, PlannedSave, RequestState
 from kvconnect.protocol import Move, PackedMoves, Plan
+from kvconnect.protocol.messages import pack_ints
 
 __all__ = ["PlanDraft"]
 
@@ -50,7 +51,15 @@ class PlanDraft:
         request = self._ids.setdefault(state.request_id, len(self._ids))
         self._saves.append(Move(entry.block_hash, entry.group, entry.slot, page, request, ordinal))
 
-    def encode(self, *, parked: Iterable[str], ends: Sequence[str], saved: Iterable[str]) -> bytes:
+    def encode(
+        self,
+        *,
+        parked: Iterable[str],
+        ends: Sequence[str],
+        saved: Iterable[str],
+        drops: Sequence[Move],
+        unused: Sequence[int],
+    ) -> bytes:
         """Return the plan's bytes; see `Plan` for the arguments."""
         return Plan(
             step=self.opened.step,
@@ -59,8 +68,10 @@ class PlanDraft:
             loads=PackedMoves.pack(self._loads),
             promotes=PackedMoves.pack(self.opened.promotes),
             demotes=PackedMoves.pack(self.opened.demotes),
+            drops=PackedMoves.pack(drops),
             fails=PackedMoves.pack(self._fails),
             parked=tuple(parked),
             ends=tuple(ends),
             saved=tuple(saved),
+            unused=pack_ints(unused),
         ).encode()

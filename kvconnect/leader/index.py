@@ -12,7 +12,7 @@ store call may still touch is quarantined: it is nobody's until that call return
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Protocol
 
@@ -86,6 +86,7 @@ class BlockIndex:
         self._free = list(range(num_slots - 1, -1, -1))  # popped from the end: low slots first, so runs are contiguous
         self._evictable: OrderedDict[int, Entry] = OrderedDict()  # by slot, least recently used first
         self._quarantined: dict[int, int] = {}  # slot -> ranks whose call hangs
+        self._retired: list[int] = []  # not used since the last `resize`
 
     def group(self, group: int) -> dict[BlockHash, Entry]:
         """Return the blocks of one layer group, by hash; read it only. Not all of them are READY."""
@@ -109,6 +110,11 @@ class BlockIndex:
         return len(self._free)
 
     @property
+    def num_usable(self) -> int:
+        """Slots that are in use or may be, after `resize`."""
+        return self.num_slots - len(self._retired)
+
+    @property
     def num_available(self) -> int:
         """Slots that `reserve` could take now."""
         return len(self._free) + len(self._evictable)
@@ -120,16 +126,54 @@ class BlockIndex:
             The new entry, without claims; None if every slot is claimed or on its way.
         """
         while not self._free:  # more than once only if a victim's slot is quarantined
-            if not self._evictable:
+            if not self._evict():
                 return None
-            _, victim = self._evictable.popitem(last=False)
-            self._forget(victim)
-            self.num_evicted += 1
         entry = Entry(block_hash, group, self._free.pop(), state)
         self._groups[group][block_hash] = entry
         self._by_slot[entry.slot] = entry
         self._num_in[state] += 1
         return entry
+
+    def reserve_all(self, blocks: Sequence[tuple[int, BlockHash]], state: State) -> list[Entry] | None:
+        """Take slots for blocks, (group, hash), that have none; all of them or, with nothing changed, none (None).
+
+        What was evicted for a list that did not fit after all stays evicted.
+        """
+        if len(blocks) > self.num_available:
+            return None
+        entries: list[Entry] = []
+        try:
+            for group, block_hash in blocks:
+                entry = self.reserve(block_hash, group, state)
+                if entry is None:
+                    break
+                entries.append(entry)
+        finally:
+            whole = len(entries) == len(blocks)
+            for entry in () if whole else entries:
+                self.void(entry)
+        return entries if whole else None
+
+    def resize(self, num_slots: int) -> list[int] | None:
+        """Use `num_slots` of the slots, evicting what does not fit.
+
+        Returns:
+            Slots that are used no longer, not even by what was there; None, with nothing changed, if more are claimed
+            or on their way, or there are not so many.
+        """
+        fewer = self.num_usable - num_slots
+        if not 0 < num_slots <= self.num_slots or fewer > self.num_available:
+            return None
+        if fewer < 0:
+            self._free[:0] = self._retired[fewer:]  # behind the others: low slots are handed out first
+            del self._retired[fewer:]
+            return []
+        while len(self._free) < fewer:
+            if not self._evict():  # a slot that could be had is quarantined
+                return None
+        gone, self._free = self._free[:fewer], self._free[fewer:]
+        self._retired += gone
+        return gone
 
     def commit(self, entry: Entry) -> None:
         """Make the block matchable: its bytes are in the slot on every rank."""
@@ -196,7 +240,7 @@ class BlockIndex:
     def counts(self) -> dict[str, int]:
         """Return how many slots are in which state."""
         return {
-            "slots": self.num_slots,
+            "slots": self.num_usable,
             "free": len(self._free),
             "ready": self._num_in[State.READY],
             "reserved": self._num_in[State.RESERVED],
@@ -215,7 +259,9 @@ class BlockIndex:
         assert len(free) == len(self._free), "a slot is free twice"
         assert not free & held, "a slot is free and held"
         assert not free & set(self._quarantined), "a quarantined slot is free"
-        assert free | held | set(self._quarantined) == set(range(self.num_slots)), "a slot is lost"
+        retired = set(self._retired)
+        assert not retired & (free | held | set(self._quarantined)), "a slot is retired and used"
+        assert free | held | retired | set(self._quarantined) == set(range(self.num_slots)), "a slot is lost"
         for slot, entry in self._by_slot.items():
             assert entry.slot == slot, "an entry lies at another slot"
             assert entry.claims >= 0, "a block is released more often than claimed"
@@ -233,6 +279,15 @@ class BlockIndex:
         assert claimed == self._num_claimed, "claimed blocks are counted wrongly"
         for ready_hashes, group in zip(self._ready, self._groups, strict=True):
             assert ready_hashes <= set(group), "a block is ready that is not known"
+
+    def _evict(self) -> bool:
+        """Forget one block that nobody claims; its slot is free unless it is quarantined. False if there is none."""
+        if not self._evictable:
+            return False
+        _, victim = self._evictable.popitem(last=False)
+        self._forget(victim)
+        self.num_evicted += 1
+        return True
 
     def _forget(self, entry: Entry) -> None:
         del self._groups[entry.group][entry.block_hash]

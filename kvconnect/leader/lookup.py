@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvconnect.protocol.keys import BlockHash, block_key
 from kvconnect.store import BlockStore, CallEvent, Outcome, StoreThreads, Tier
@@ -17,6 +17,8 @@ __all__ = ["Presence", "StoreLookup"]
 
 # Blocks asked for in one `contains`: a long prompt whose first blocks miss costs one batch.
 _BATCH = 256
+
+_POLL_S = 0.001
 
 
 class Presence:
@@ -141,7 +143,30 @@ class StoreLookup:
         """Take the answers that have come."""
         for number, store in self._stores.items():
             for event in store.poll():
-                self._take(number, event)
+                if callable(event.tag):
+                    event.tag(event)
+                else:
+                    self._take(number, event)
+
+    def call(self, tier: int, work: Callable[[BlockStore], Any], done: Callable[[CallEvent], None]) -> None:
+        """Run ``work(store)`` on a thread of one tier's store; `poll` hands every event of it to `done`."""
+        self._stores[tier].submit(done, LOOKUP, work)
+
+    def wait(self, tier: int, work: Callable[[BlockStore], Any]) -> Any:
+        """Run ``work(store)`` and wait for its result, up to the tier's deadline. Not for the scheduling path.
+
+        Raises:
+            StoreUnavailable: If the deadline passed.
+            Exception: What the store raised.
+        """
+        events: list[CallEvent] = []
+        self.call(tier, work, events.append)
+        while not events:
+            time.sleep(_POLL_S)
+            self.poll()
+        if events[0].error is not None:
+            raise events[0].error
+        return events[0].result
 
     def close(self) -> None:
         """Close the leader's stores; twice is fine."""

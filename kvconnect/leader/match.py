@@ -61,6 +61,15 @@ class Matcher:
         ]
         return longest_match(present, self._block_size, self._windows, first, limit)
 
+    def needed(self, first: int, end: int) -> list[tuple[int, int]]:
+        """Return (group, ordinal) of the blocks of ``[first, end)`` that a request with `end` blocks attends to."""
+        return [
+            (group, ordinal)
+            for ordinal in range(first, end)
+            for group, window in enumerate(self._windows)
+            if ordinal >= first_needed_block(end * self._block_size, self._block_size, window)
+        ]
+
     def below(self, state: RequestState, chain: BlockChain, first: int, ready: int, limit: int) -> Below:
         """Return what would make the match longer than `ready`; what the request tried already does not count."""
         sources: list[list[int]] = []  # by group and block: -2 in the arena, -1 nowhere, else the tier
@@ -84,12 +93,7 @@ class Matcher:
         best = longest_match(present, self._block_size, self._windows, first, limit)
         if best <= ready:
             return Below([], [], ready)
-        needed = [
-            (group, ordinal)
-            for ordinal in range(first, best)
-            for group, window in enumerate(self._windows)
-            if ordinal >= first_needed_block(best * self._block_size, self._block_size, window)
-        ]
+        needed = self.needed(first, best)
         wanted = [
             (sources[group][ordinal], group, ordinal) for group, ordinal in needed if sources[group][ordinal] >= 0
         ]

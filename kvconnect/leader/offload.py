@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 from kvconnect.errors import MetadataError, UnsupportedError
@@ -20,6 +21,7 @@ from kvconnect.leader.chains import new_chain
 from kvconnect.leader.cost import LoadCost
 from kvconnect.leader.draft import PlanDraft
 from kvconnect.leader.events import EventLog
+from kvconnect.leader.holds import StoreHolds
 from kvconnect.leader.index import BlockIndex, State
 from kvconnect.leader.ledger import StepLedger
 from kvconnect.leader.lookup import Presence, StoreLookup
@@ -28,6 +30,7 @@ from kvconnect.leader.parked import ParkedLoad
 from kvconnect.leader.promotion import TierTraffic
 from kvconnect.leader.request import PlannedLoad, RequestState
 from kvconnect.leader.saves import SavePlanner
+from kvconnect.leader.suspended import Suspensions
 from kvconnect.protocol import (
     BlockChain,
     CacheEvent,
@@ -95,13 +98,16 @@ class OffloadLeader(Leader):
         if self._off:
             logger.warning("kvconnect offers nothing: %s", self._off)
             return
+        self._namespace = self._context.namespace.digest(ranks[0].groups[0].block_size)
         self._use_cache(ranks)
-        self._namespace = self._context.namespace.digest(self._block_size)
+        self._suspended.clean()
 
     def _use_cache(self, ranks: Sequence[Handshake]) -> None:
         """Make the parts that depend on the engine's cache and on the arenas, which every rank describes alike."""
         groups = ranks[0].groups if ranks else ()
+        self._ranks = ranks
         num_slots = min((rank.num_slots for rank in ranks), default=0)
+        reserved = min((max(rank.num_slots, rank.reserved_slots) for rank in ranks), default=0)
         self._groups = groups
         self._shards = [sorted({rank.groups[g].shard for rank in ranks}) for g in range(len(groups))]
         self._block_size = groups[0].block_size if groups else 0
@@ -109,11 +115,21 @@ class OffloadLeader(Leader):
         self._events = EventLog(
             self._block_size, [tier.name for tier in tiers], enabled=self._context.engine.takes_events
         )
-        self._index = BlockIndex(len(groups), num_slots, self._events if self._events.enabled else None)
+        self._index = BlockIndex(len(groups), reserved, self._events if self._events.enabled else None)
+        if num_slots < reserved:
+            self._index.resize(num_slots)
         self._traffic = TierTraffic(self._index, self._presence, tiers, self._context.num_ranks, self._events)
         windows = [group.window or None for group in groups]
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
         self._saves = SavePlanner(self._index, self._block_size, self._counts, self._events)
+        self._suspended = Suspensions(
+            self._index,
+            self._traffic,
+            self._presence,
+            self._block_size,
+            partial(StoreHolds, self._lookup, tiers, self._namespace, self._shards),
+        )
+        self._unused: list[int] = []  # slots that the next plan names as such
         call_blocks = blocks_a_call(max((group.payload_bytes for group in groups), default=1))
         self._cost = LoadCost(self._context.tiers, call_blocks, self._context.engine.max_batch_tokens)
 
@@ -174,6 +190,29 @@ class OffloadLeader(Leader):
         state.parked = end > ready or (end > first and not self._context.engine.sync_load)
         return Match((end - first) * self._block_size, state.parked)
 
+    def claim_match(self, request: RequestView, num_tokens: int) -> int:
+        """Claim the offered blocks that lie in the arena; of an asynchronous offer the rest is loaded or recomputed."""
+        state = self._requests.get(request.request_id)
+        if state is None or state.chain is None:
+            return 0
+        self.release_match(request)
+        end = state.first + num_tokens // self._block_size
+        ready = self._matcher.num_ready(state.chain, state.first, end)
+        needed = self._matcher.needed(state.first, end if state.parked else ready)
+        for group, ordinal in needed:
+            entry = self._index.get(group, state.chain.hashes[ordinal])
+            if entry is not None and entry.state is State.READY:
+                self._index.claim(entry)
+                state.claimed.append(entry)
+        return num_tokens if state.parked else (ready - state.first) * self._block_size
+
+    def release_match(self, request: RequestView) -> None:
+        """Let go of what was claimed; it becomes most recently used."""
+        state = self._requests.get(request.request_id)
+        if state is not None:
+            claimed, state.claimed = state.claimed, []
+            self._index.release_chain(claimed)
+
     def update_state_after_alloc(
         self, request: RequestView, block_ids: Sequence[Sequence[int]], num_external_tokens: int
     ) -> None:
@@ -187,8 +226,9 @@ class OffloadLeader(Leader):
         if num_external_tokens and state.chain is not None:
             end = state.first + num_external_tokens // self._block_size
             if state.parked:
-                self._park(state, block_ids, end)
+                self._park(state, block_ids, state.first, end)
                 self._index.release_chain(held)
+                self.release_match(request)
                 return
             for group, table in enumerate(block_ids):
                 for ordinal in range(state.first, end):
@@ -196,6 +236,7 @@ class OffloadLeader(Leader):
                         state.loads.append(self._claim(state.chain, group, ordinal, table[ordinal]))
             self._counts["blocks_offered_and_taken"] += end - state.first
         self._index.release_chain(held)
+        self.release_match(request)
 
     def cancel_load(self, request: RequestView, start: int, end: int) -> None:
         """Drop the planned loads of tokens ``[start, end)``."""
@@ -217,6 +258,7 @@ class OffloadLeader(Leader):
         if state is None:
             return False
         self._drop(state)
+        self._suspended.forget(state)
         if request.request_id in self._parked:  # its pages are free when the plan that says so is reported
             self._parked[request.request_id].drop()
             return False
@@ -228,12 +270,52 @@ class OffloadLeader(Leader):
         if state is None:
             return
         self._drop(state)
+        self._suspended.end(state.request_id)
         state.looked_up = False
         state.loads_below = None
         state.planned_tokens = 0
         state.give_up_at = 0.0
         if state.chain is not None:
             state.extend(request.tokens[state.chain.num_tokens :])
+
+    # -- suspended requests --------------------------------------------------------------------------------------
+
+    def suspend(self, request: RequestView, block_ids: Sequence[Sequence[int]], num_tokens: int) -> bool:
+        """Take slots for all of its pages that are not below yet, for the next plan to save; or change nothing."""
+        state = self._requests.get(request.request_id)
+        if self._off or state is None or request.request_id in self._suspended or request.request_id in self._parked:
+            return False
+        if state.chain is not None and not state.extend(request.tokens[state.chain.num_tokens :]):
+            return False
+        return self._suspended.suspend(state, block_ids, num_tokens)
+
+    def prefetch(self, request: RequestView, tier: int) -> bool:
+        """Take slots for its blocks that lie below `tier`, for the next plan to promote; or change nothing."""
+        return not self._off and self._suspended.prefetch(request.request_id, tier)
+
+    def resume(self, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
+        """Load its blocks into the pages, over as many steps as it takes; a block that is lost is named as failed."""
+        state = self._requests.get(request.request_id)
+        if self._off or state is None or not self._suspended.resume(request.request_id):
+            return False
+        if not self._park(state, block_ids, 0, max(map(len, block_ids), default=0)):
+            self._suspended.end(request.request_id)
+        return True
+
+    def resize_tier(self, tier: int, num_bytes: int) -> bool:
+        """Give the arena other slots, or a store another capacity; what is held is never evicted for it."""
+        if self._off or num_bytes <= 0 or not 0 <= tier <= len(self._context.tiers):
+            return False
+        if tier:
+            store = self._context.tiers[tier - 1]
+            if not store.store_class.capabilities.resizes or "r" not in store.use.mode:
+                return False
+            return self._lookup.wait(tier - 1, lambda opened: opened.resize(num_bytes)) is True
+        if not all(rank.slot_bytes for rank in self._ranks):
+            return False
+        gone = self._index.resize(min(num_bytes // rank.num_sharing // rank.slot_bytes for rank in self._ranks))
+        self._unused += gone or ()
+        return gone is not None
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -247,6 +329,7 @@ class OffloadLeader(Leader):
         draft = PlanDraft(opened)
         self._plan_loads(draft)
         ends = self._plan_parked(draft)
+        self._suspended.plan(draft)
         for scheduled in (*scheduler_output.new_requests, *scheduler_output.cached_requests):
             state = self._requests.get(scheduled.request_id)
             if state is not None and self._learn_tokens(state, scheduled):
@@ -256,7 +339,11 @@ class OffloadLeader(Leader):
         self._counts["load_blocks_missing"] += draft.num_fails
         opened.promotes = self._traffic.plan_promotes()
         opened.demotes = self._traffic.plan_demotes()
-        return draft.encode(parked=self._parked, ends=ends, saved=opened.ended)
+        opened.ended += self._suspended.named
+        unused, self._unused = self._unused, []
+        return draft.encode(
+            parked=self._parked, ends=ends, saved=opened.ended, drops=self._traffic.plan_drops(), unused=unused
+        )
 
     def update_connector_output(self, reports: Sequence[bytes]) -> None:
         """Commit or void the step's saves, and take what came of the traffic with the stores."""
@@ -280,7 +367,7 @@ class OffloadLeader(Leader):
 
     def has_pending_work(self) -> bool:
         """Keep the engine stepping while blocks move between arena and stores."""
-        waits = self._lookup.num_pending or self._parked or self._saves.ended
+        waits = self._lookup.num_pending or self._parked or self._saves.ended or self._suspended.busy
         return bool(waits or self._traffic.busy or len(self._ledger))
 
     # -- whole cache ---------------------------------------------------------------------------------------------
@@ -308,6 +395,7 @@ class OffloadLeader(Leader):
             "load_policy": self._load_policy,
             "load_cost": self._cost.get_stats(),
             "requests": len(self._requests),
+            "suspended": self._suspended.counts(len(self._context.tiers)),
             "off": self._off,
         }
 
@@ -318,6 +406,7 @@ class OffloadLeader(Leader):
             self._drop(state)
             state.stop_caching()
         self._saves.drop_ended()
+        self._suspended.lose_all()
         self._ledger.void_open_steps()
         self._traffic.fail_promotions()
         self._index.clear()
@@ -342,17 +431,20 @@ class OffloadLeader(Leader):
         self._counts["hash_us"] += round((time.perf_counter() - started) * 1e6)
         return chain
 
-    def _park(self, state: RequestState, block_ids: Sequence[Sequence[int]], end: int) -> None:
-        """Take on the load of a request that the engine parks."""
+    def _park(self, state: RequestState, block_ids: Sequence[Sequence[int]], first: int, end: int) -> bool:
+        """Take on the load of a request that the engine parks; False if there is no page to load into."""
         blocks = [
             (group, ordinal, table[ordinal])
-            for ordinal in range(state.first, end)
+            for ordinal in range(first, end)
             for group, table in enumerate(block_ids)
-            if table[ordinal] >= 0
+            if ordinal < len(table) and table[ordinal] >= 0
         ]
+        if not blocks:
+            return False
         patience_s = max((tier.use.timeout_s for tier in self._context.tiers), default=0.0) * 2
         self._parked[state.request_id] = ParkedLoad(state, blocks, patience_s)
         self._counts["parked_loads"] += 1
+        return True
 
     def _plan_parked(self, draft: PlanDraft) -> list[str]:
         """Add what parked requests load in this step; return those whose load it ends."""
@@ -364,6 +456,7 @@ class OffloadLeader(Leader):
             now, never = parked.plan(self._index, self._traffic)
             self._index.release_chain(state.held)  # what came up is claimed by its load now
             state.held = []
+            self._suspended.loading(request_id, now)
             draft.load(state, now + never)
             if parked.ended:
                 ends.append(request_id)
@@ -461,13 +554,16 @@ class OffloadLeader(Leader):
         for request_id in [name for name, parked in self._parked.items() if parked.ended]:
             if not self._ledger.loads_open(request_id):
                 del self._parked[request_id]
+                self._suspended.end(request_id)
         self._saves.reported(outcome.ended)
+        self._suspended.reported(outcome.ended)
         for entry in outcome.voided:
             self._index.void(entry)
         for entry in outcome.committed:
             self._index.commit(entry)
         self._index.release_chain(outcome.loaded)
         self._traffic.demote(outcome.committed)
+        self._suspended.closed(outcome.committed, outcome.voided)
         self._counts["committed_blocks"] += len(outcome.committed)
         self._counts["voided_blocks"] += len(outcome.voided)
 

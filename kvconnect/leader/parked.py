@@ -44,9 +44,7 @@ class ParkedLoad:
         """
         self.request = request
         self.ended = False
-        assert request.chain is not None, "a request that is not cached is never parked"
-        hashes = request.chain.hashes
-        self._left = [_Block(group, ordinal, page, hashes[ordinal]) for group, ordinal, page in blocks]
+        self._left = [_Block(group, ordinal, page, request.hash_of(group, ordinal)) for group, ordinal, page in blocks]
         self._patience_s = patience_s
         self._deadline = time.monotonic() + patience_s
         self._all_coming_at = -1  # `TierTraffic.num_ended` when all that was left was on its way up
@@ -62,7 +60,7 @@ class ParkedLoad:
         wanted: list[tuple[int, int, int]] = []
         first_bad: int | None = None
         all_coming = True
-        late = time.monotonic() > self._deadline or self.request.chain is None
+        late = time.monotonic() > self._deadline or self.request.stopped
         if self._all_coming_at == traffic.num_ended and not late:
             return loads, fails
         for block in self._left:

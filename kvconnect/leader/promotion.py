@@ -5,16 +5,28 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from kvconnect.leader.events import EventLog
+from kvconnect.leader.holds import holding_tiers
 from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.lookup import Presence
 from kvconnect.leader.request import RequestState
-from kvconnect.protocol.keys import BlockHash
+from kvconnect.protocol.keys import BlockHash, is_private
 from kvconnect.protocol.messages import Move, Report, unpack_ints
 from kvconnect.store import Tier
 
-__all__ = ["TierTraffic"]
+__all__ = ["TierTraffic", "TrafficListener"]
+
+
+class TrafficListener(Protocol):
+    """Who is told of blocks that arrived."""
+
+    def promoted(self, entry: Entry) -> None:
+        """It is READY in the arena."""
+
+    def demoted(self, tier: int, entry: Entry) -> None:
+        """A store has it, on every rank."""
 
 
 class TierTraffic:
@@ -29,6 +41,10 @@ class TierTraffic:
         self._presence = presence
         self._readable = [number for number, tier in enumerate(tiers) if "r" in tier.use.mode]
         self._writable = [number for number, tier in enumerate(tiers) if "w" in tier.use.mode]
+        self._holding = set(holding_tiers(tiers))
+        self.listener: TrafficListener | None = None
+        self._brought: list[Move] = []  # promotions that have their slots, for the next plan
+        self._drops: list[Move] = []
         self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
         self._num_ranks = num_ranks
         self._to_demote: deque[tuple[int, Entry]] = deque()
@@ -42,7 +58,7 @@ class TierTraffic:
     @property
     def busy(self) -> bool:
         """Whether anything is wanted or on its way."""
-        return bool(self._to_demote or self._demoting or self._promoting or self._wanting)
+        return bool(self._to_demote or self._demoting or self._promoting or self._wanting or self._drops)
 
     def num_promoting(self) -> Counter[int]:
         """Count, by tier, the blocks that are on their way up or will be in the next plan."""
@@ -91,11 +107,10 @@ class TierTraffic:
 
     def plan_promotes(self) -> list[Move]:
         """Give slots to what is wanted; what finds none is given up."""
-        moves = []
+        moves, self._brought = self._brought, []
         for request in list(self._wanting.values()):
-            hashes = request.chain.hashes if request.chain is not None else []
             for position, (tier, group, ordinal) in enumerate(request.wanted):
-                block_hash = hashes[ordinal]
+                block_hash = request.hash_of(group, ordinal)
                 entry = self._index.get(group, block_hash)
                 if entry is not None:
                     if entry.state is State.PROMOTING:  # another request's promotion serves this one too
@@ -107,20 +122,55 @@ class TierTraffic:
                     if request.parked:  # it has pages and time: the next round will ask again
                         request.tried.difference_update(request.wanted[position:])
                     break
-                entry.waiting = set(range(self._num_ranks))
-                entry.source = tier
                 self._events.remember(entry, request, ordinal)
                 request.promoting.add(entry)
-                self._promoting[entry.slot] = (entry, request)
-                moves.append(Move(block_hash, group, entry.slot, tier))
+                moves.append(self._promotes(entry, tier, request))
             request.wanted = []
         self._wanting.clear()
         return moves
 
+    def bring(self, blocks: Sequence[tuple[int, int, BlockHash]], request: RequestState) -> bool:
+        """Take slots for blocks, (tier, group, hash), that the next plan promotes: all of them, or none (False).
+
+        They are claimed by nobody when they arrive.
+        """
+        blocks = sorted(blocks, key=lambda block: block[:2])  # one batch a tier and layer group
+        entries = self._index.reserve_all([(group, name) for _, group, name in blocks], State.PROMOTING)
+        if entries is None:
+            return False
+        self._brought += [
+            self._promotes(entry, tier, request) for entry, (tier, _, _) in zip(entries, blocks, strict=True)
+        ]
+        return True
+
+    def _promotes(self, entry: Entry, tier: int, request: RequestState) -> Move:
+        entry.waiting = set(range(self._num_ranks))
+        entry.source = tier
+        self._promoting[entry.slot] = (entry, request)
+        return Move(entry.block_hash, entry.group, entry.slot, tier)
+
+    def drop(self, group: int, block_hash: BlockHash) -> None:
+        """Remove a block from every store that is believed to have it."""
+        for tier in self._writable:
+            if self._presence.holds(tier, group, block_hash):
+                self._presence.discard(tier, group, block_hash)
+                self._drops.append(Move(block_hash, group, -1, tier))
+
+    def plan_drops(self) -> list[Move]:
+        """Return the removals that were not planned yet."""
+        drops, self._drops = self._drops, []
+        return drops
+
     def demote(self, entries: Iterable[Entry]) -> None:
-        """Send committed blocks down to every writable tier that is not believed to hold them."""
+        """Send committed blocks down to every writable tier that is not believed to hold them.
+
+        Private ones go only where they can be held: anywhere else they would be nothing but litter.
+        """
         for entry in entries:
+            private = is_private(entry.block_hash)
             for tier in self._writable:
+                if private and tier not in self._holding:
+                    continue
                 if not self._presence.holds(tier, entry.group, entry.block_hash):
                     self._index.claim(entry)
                     self._to_demote.append((tier, entry))
@@ -195,6 +245,8 @@ class TierTraffic:
             if wanted:
                 self._index.claim(entry)
                 request.held.append(entry)
+            if self.listener is not None:
+                self.listener.promoted(entry)
 
     def _demotion_ended(self, rank: int, tier: int, slot: int, *, ok: bool) -> None:
         silent, failed = self._demoting.get((tier, slot), (set(), set()))
@@ -214,4 +266,8 @@ class TierTraffic:
             self.demoted += 1
             self._presence.add(tier, entry.group, entry.block_hash)
             self._events.stored(entry, tier + 1)
+            if self.listener is not None:
+                self.listener.demoted(tier, entry)
+            if is_private(entry.block_hash) and entry.state is State.GONE:  # its request was resumed meanwhile
+                self.drop(entry.group, entry.block_hash)
         self._index.release(entry)

@@ -56,13 +56,19 @@ class RequestState:
         wanted: Blocks to promote in the next plan, (tier, group, block ordinal).
         promoting: Blocks on their way up for this request.
         held: Blocks promoted for this request and claimed until it is allocated.
+        claimed: Blocks that the engine counts on, claimed until it allocates or gives them up.
+        suspended: While it is suspended, the hash of each block by (group, ordinal): private ones are in no chain.
+        below: Blocks, (group, hash), that a store holds for it since it was suspended, and which tier.
         give_up_at: Monotonic time after which it waits no longer for promotions, 0 while it has not begun.
+        stopped: Whether it is cached no longer: what is known of its tokens is not certain.
         void_until: Saves of steps up to this one are void: they may have been computed on garbage.
     """
 
     __slots__ = (
         "_keeps_tokens",
+        "below",
         "chain",
+        "claimed",
         "first",
         "give_up_at",
         "held",
@@ -77,6 +83,8 @@ class RequestState:
         "promoting",
         "reads",
         "request_id",
+        "stopped",
+        "suspended",
         "tokens",
         "tried",
         "void_until",
@@ -111,6 +119,10 @@ class RequestState:
         self.wanted: list[tuple[int, int, int]] = []
         self.promoting: set[Entry] = set()
         self.held: list[Entry] = []
+        self.claimed: list[Entry] = []
+        self.suspended: dict[tuple[int, int], BlockHash] = {}
+        self.below: dict[tuple[int, BlockHash], int] = {}
+        self.stopped = False
         self.give_up_at = 0.0
         self.void_until = -1
 
@@ -133,6 +145,10 @@ class RequestState:
         """Of its full blocks, as far as its tokens are known; none if it must not be cached."""
         return [] if self.chain is None else self.chain.hashes
 
+    def hash_of(self, group: int, ordinal: int) -> BlockHash:
+        """Return the name of one of its blocks."""
+        return self.suspended.get((group, ordinal)) or self.hashes[ordinal]
+
     def save_again(self, ordinal: int) -> None:
         """Consider blocks from `ordinal` on once more: what was saved of them is void. Not for ever."""
         if self.next_save is not None and self.num_voided < _MAX_VOIDED:
@@ -142,12 +158,15 @@ class RequestState:
     def stop_caching(self) -> None:
         """Neither load nor save for this request any more: what is known of its tokens is not certain."""
         self.chain = None
+        self.stopped = True
         self.reads = self.writes = False
 
     def let_go(self, index: BlockIndex) -> None:
         """Release everything that waits for a plan or an allocation."""
         index.release_chain(self.held)
         self.held = []
+        index.release_chain(self.claimed)
+        self.claimed = []
         index.release_chain(load.entry for load in self.loads if load.entry is not None)
         self.loads = []
         self.wanted = []

@@ -11,7 +11,17 @@ from kvconnect.protocol.identity import (
     model_identity,
     rope_settings,
 )
-from kvconnect.protocol.keys import BlockChain, BlockHash, BlockKey, MediaSpan, Namespace, block_key, split_key
+from kvconnect.protocol.keys import (
+    BlockChain,
+    BlockHash,
+    BlockKey,
+    MediaSpan,
+    Namespace,
+    block_key,
+    is_private,
+    private_hash,
+    split_key,
+)
 from kvconnect.protocol.layout import KVCacheLayout, LayerGroup, Region, first_needed_block, longest_match
 from kvconnect.protocol.messages import Handshake, LoadError, Move, PackedMoves, Plan, Report
 from kvconnect.protocol.types import (
@@ -66,8 +76,10 @@ __all__ = [
     "first_needed_block",
     "hookimpl",
     "hookspec",
+    "is_private",
     "longest_match",
     "model_identity",
+    "private_hash",
     "rope_settings",
     "split_key",
 ]

@@ -99,6 +99,12 @@ class LeaderHooks(Protocol):
     def claim_match(self, request: RequestView, num_tokens: int) -> int:
         """Hold what was offered so that nothing evicts it before `update_state_after_alloc` or `release_match`.
 
+        Of an asynchronous offer, what still lies in a store need not be held: such a load may fail, and is recomputed.
+
+        Args:
+            request: The request that was asked about last.
+            num_tokens: The offer, or less of it.
+
         Returns:
             Tokens that are held: `num_tokens` or less, whole blocks.
 
@@ -215,11 +221,19 @@ class LeaderHooks(Protocol):
     def suspend(self, request: RequestView, block_ids: Sequence[Sequence[int]], num_tokens: int) -> bool:
         """Plan to move all pages of the request below the device, the partial one included.
 
+        What is below may move further down, but is never dropped, until the request is resumed, reset or finished.
+
+        Args:
+            request: A request that computed its last step, with all its tokens.
+            block_ids: Its pages, by group; they stay its own until they are reported.
+            num_tokens: Tokens whose KV is in the pages.
+
         Returns:
-            False if there is no room; then nothing has changed. Pages are free when `get_finished` reports the id.
+            False if there is no room; then nothing has changed. Pages are free when `get_finished` reports the id as
+            saved.
 
         Runs: scheduler process.
-        When: between steps; capability `suspend`.
+        When: between steps, all of them reported; capability `suspend`.
         May block: no.
         On failure: counted and treated as False.
         """
@@ -227,7 +241,14 @@ class LeaderHooks(Protocol):
 
     @hookspec(firstresult=True)
     def prefetch(self, request: RequestView, tier: int) -> bool:
-        """Move a suspended request's blocks that lie below `tier` up to it; False if there is no room.
+        """Move a suspended request's blocks that lie below `tier` up to it, all of them, from the next step on.
+
+        Args:
+            request: A suspended one.
+            tier: 0 for host memory, then the stores in the order given.
+
+        Returns:
+            False if there is no room, or no such tier that keeps suspended blocks; then nothing has changed.
 
         Runs: scheduler process.
         When: between steps, only while suspended; capability `suspend`.
@@ -238,7 +259,16 @@ class LeaderHooks(Protocol):
 
     @hookspec(firstresult=True)
     def resume(self, request: RequestView, block_ids: Sequence[Sequence[int]]) -> bool:
-        """Plan to load all blocks of a suspended request into `block_ids`; all or nothing.
+        """Plan to load the blocks of a suspended request, like an asynchronous load: `get_finished` names its end.
+
+        A block that is lost all the same is reported as a load error. With nothing to load it is resumed at once.
+
+        Args:
+            request: A suspended one, its pages reported as saved.
+            block_ids: Its new pages, by group; -1 for a block that needs no load.
+
+        Returns:
+            False if it cannot be resumed now; then nothing has changed.
 
         Runs: scheduler process.
         When: between steps, only while suspended; capability `suspend`.
@@ -249,11 +279,18 @@ class LeaderHooks(Protocol):
 
     @hookspec(firstresult=True)
     def resize_tier(self, tier: int, num_bytes: int) -> bool:
-        """Grow or shrink a tier; False leaves all as it was.
+        """Grow or shrink a tier; blocks that do not fit are evicted, those of suspended requests never.
+
+        Args:
+            tier: 0 for host memory, then the stores in the order given.
+            num_bytes: Its new size, for the whole engine.
+
+        Returns:
+            False if what may not be evicted does not fit, or the tier has no other size; then all is as it was.
 
         Runs: scheduler process.
         When: while no request runs; capability `suspend`.
-        May block: no.
+        May block: yes, up to the store's deadline.
         On failure: counted and treated as False.
         """
         ...

@@ -33,6 +33,8 @@ __all__ = [
     "Namespace",
     "block_key",
     "frame_fields",
+    "is_private",
+    "private_hash",
     "split_key",
 ]
 
@@ -43,6 +45,9 @@ BlockHash = NewType("BlockHash", bytes)
 """32 bytes that name a block's tokens and everything before them, whatever the layer group and shard."""
 
 KEY_BYTES = 72
+
+_PRIVATE = b"kvconnect/priv\0\0"
+_PRIVATE_HASH = struct.Struct(">16s8sII")
 _KEY = struct.Struct(">32s32sII")
 _LENGTH = struct.Struct("<I")
 _OFFSET = struct.Struct("<q")
@@ -222,6 +227,25 @@ def split_key(key: BlockKey) -> tuple[bytes, BlockHash, int, int]:
     """Return namespace, block hash, layer group and shard digest of `key`."""
     namespace, block_hash, group, shard = _KEY.unpack(key)
     return namespace, BlockHash(block_hash), group, shard
+
+
+def private_hash(nonce: bytes, ordinal: int, num_tokens: int) -> BlockHash:
+    """Name a block that only one suspended request may load: a partial one, or one that must not be shared.
+
+    No chain makes such a name but by a 128-bit accident, so it is never matched; and a store's owner can tell what to
+    remove after a crash. Layout: ``_PRIVATE`` (16 bytes), nonce (8), ordinal (u32), tokens (u32), big-endian.
+
+    Args:
+        nonce: 8 random bytes, new for each suspension.
+        ordinal: Which block of the sequence.
+        num_tokens: Tokens of it that are computed.
+    """
+    return BlockHash(_PRIVATE_HASH.pack(_PRIVATE, nonce, ordinal, num_tokens))
+
+
+def is_private(block_hash: BlockHash) -> bool:
+    """Say whether `private_hash` made the name."""
+    return block_hash.startswith(_PRIVATE)
 
 
 def frame_fields(fields: Iterable[tuple[str, bytes]]) -> bytes:

@@ -122,6 +122,8 @@ class Plan(_Message, frozen=True, array_like=True):
         ends: Those of them whose asynchronous load is complete with this plan's loads, or given up.
         saved: Requests that have ended and whose pages nothing needs once this plan's saves are made. A plan names
             each until every rank has reported a step that did; a worker says it once.
+        unused: Slots, packed int32, that hold nothing and will not be used before the arena grows again: their memory
+            may be given back.
     """
 
     KIND: ClassVar[bytes] = b"P"
@@ -137,6 +139,7 @@ class Plan(_Message, frozen=True, array_like=True):
     parked: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    unused: bytes = b""
 
 
 class LoadError(msgspec.Struct, frozen=True, array_like=True):
@@ -222,8 +225,11 @@ class Handshake(_Message, frozen=True, array_like=True):
 
     Attributes:
         rank: Who speaks.
-        num_slots: Slots of this rank's arena; the leader uses the smallest.
+        num_slots: Slots of this rank's arena that may be used now; the leader uses the smallest.
         groups: The layer groups in the order of the block tables.
+        reserved_slots: Slots that the arena can grow to; 0 if it cannot grow.
+        slot_bytes: Bytes a slot; 0 if the arena cannot be resized.
+        num_sharing: Ranks among which a capacity of the whole engine is divided on this machine.
     """
 
     KIND: ClassVar[bytes] = b"H"
@@ -231,6 +237,9 @@ class Handshake(_Message, frozen=True, array_like=True):
     rank: int
     num_slots: int
     groups: tuple[GroupHandshake, ...]
+    reserved_slots: int = 0
+    slot_bytes: int = 0
+    num_sharing: int = 1
 
 
 def pack_ints(values: Iterable[int]) -> bytes:

@@ -24,20 +24,25 @@ class TierOptions(Options, frozen=True):
         mode: ``r`` only promotes from it, ``w`` only demotes to it, ``rw`` both.
         codec: How payloads rest in it; ``zstd`` costs more time than a local disk does, it is for capacity.
         timeout_s: Seconds after which a call to it counts as failed.
+        hold_s: Seconds for which blocks of a suspended request are held there without a renewal: what a process that
+            died had suspended can be evicted after that.
     """
 
     mode: Literal["r", "w", "rw"] = "rw"
     codec: Literal["none", "zstd"] = "none"
     timeout_s: float = 10.0
+    hold_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        """Refuse a deadline that has passed before it begins.
+        """Refuse a time that has passed before it begins.
 
         Raises:
-            ConfigError: If the timeout is not positive.
+            ConfigError: If the timeout or the hold's length is not positive.
         """
         if not self.timeout_s > 0:
             raise ConfigError(f"timeout_s must be more than 0, not {self.timeout_s}")
+        if not self.hold_s > 0:
+            raise ConfigError(f"hold_s must be more than 0, not {self.hold_s}")
 
 
 class Tier(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ _HUGE_PAGE_BYTES = 2 << 20
 _AHEAD_BYTES = 16 << 20
 _AHEAD_STEPS = 4  # or as much as this many steps like the largest one will fill, but no more than
 _MAX_AHEAD_BYTES = 256 << 20
+_DONTNEED = 4  # MADV_DONTNEED: what was there is gone, the addresses stay
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14: faults pages in without changing what they hold
 
 
@@ -30,35 +31,39 @@ class Arena:
     """Slots of equal size in one allocation, each big enough for a frame of the largest layer group.
 
     Attributes:
-        num_slots: How many.
+        num_slots: How many there can be: address space, of which only slots that were written to take memory.
+        usable_slots: How many the capacity allows until the leader resizes the tier.
         slot_bytes: Bytes a slot, a multiple of the page size.
         slots: uint8 ``(num_slots, slot_bytes)``; pinned when the cache lies on a GPU.
     """
 
-    def __init__(self, capacity: int, payload_bytes: int, *, pinned: bool) -> None:
+    def __init__(self, capacity: int, payload_bytes: int, *, pinned: bool, reserve: int = 0) -> None:
         """Take the memory; what lies far ahead of the slots in use costs nothing yet.
 
         Args:
             capacity: Bytes to stay within.
             payload_bytes: Of the largest block.
             pinned: Page-lock it for transfers from and to a GPU.
+            reserve: Bytes that a later resize may grow to; pinned memory is taken for them at once.
 
         Raises:
             ConfigError: If it is more than the machine has left, or smaller than one block.
         """
         self.slot_bytes = -(-(HEADER_BYTES + payload_bytes) // PAGE_BYTES) * PAGE_BYTES
-        self.num_slots = capacity // self.slot_bytes
-        if not self.num_slots:
+        self.usable_slots = capacity // self.slot_bytes
+        self.num_slots = max(capacity, reserve) // self.slot_bytes
+        if not self.usable_slots:
             raise ConfigError(
                 f"host capacity {ByteSize(capacity)} is smaller than one block of {ByteSize(self.slot_bytes)}"
             )
         left = available_memory()
-        if capacity > left:
+        if (max(capacity, reserve) if pinned else capacity) > left:
             raise ConfigError(
                 f"host capacity {ByteSize(capacity)} is more than the {ByteSize(left)} of memory that are free; "
                 "give host://?capacity= a smaller size"
             )
         total = self.num_slots * self.slot_bytes
+        self._pinned = pinned
         if pinned:
             self.slots = torch.empty(total, dtype=torch.uint8, pin_memory=True).view(self.num_slots, self.slot_bytes)
         else:
@@ -77,22 +82,30 @@ class Arena:
             slots: Those that a step fills.
             submit: Runs a function on another thread; not called once the whole arena was written to.
         """
-        if self._touched >= self.num_slots:
+        if self._touched >= self.usable_slots:
             return
         most = -(-_MAX_AHEAD_BYTES // self.slot_bytes)
         self._ahead = max(self._ahead, min(_AHEAD_STEPS * len(slots), most))
-        end = min(self.num_slots, max(slots, default=-1) + 1 + self._ahead)
-        if end <= self._touched + self._ahead // 2 and end < self.num_slots:
+        end = min(self.usable_slots, max(slots, default=-1) + 1 + self._ahead)
+        if end <= self._touched + self._ahead // 2 and end < self.usable_slots:
             return
         start, self._touched = self._touched, end
         submit(lambda: self._populate(start, end))
 
     def _populate(self, start: int, end: int) -> None:
         """Fault in slots ``[start, end)``; where the kernel cannot, their first write does."""
+        self._madvise(start, end, _POPULATE_WRITE)
+
+    def _madvise(self, start: int, end: int, advice: int) -> None:
         address = self.slots.data_ptr() + start * self.slot_bytes
         ctypes.CDLL(None).madvise(  # not mmap.madvise, which would stop every thread meanwhile
-            ctypes.c_void_p(address), ctypes.c_size_t((end - start) * self.slot_bytes), _POPULATE_WRITE
+            ctypes.c_void_p(address), ctypes.c_size_t((end - start) * self.slot_bytes), advice
         )
+
+    def give_back(self, slots: Sequence[int]) -> None:
+        """Return the memory of slots that hold nothing; it reads as zeros, and is taken again by the first write."""
+        for number in () if self._pinned else slots:
+            self._madvise(number, number + 1, _DONTNEED)
 
     def slot(self, number: int) -> memoryview:
         """Return the writable bytes of one slot.

@@ -27,7 +27,7 @@ from kvconnect.protocol import (
     WorkerContext,
     block_key,
 )
-from kvconnect.protocol.messages import GroupHandshake, pack_ints
+from kvconnect.protocol.messages import GroupHandshake, pack_ints, unpack_ints
 from kvconnect.worker.arena import Arena
 from kvconnect.worker.base import Worker
 from kvconnect.worker.copies import BlockCopier
@@ -59,6 +59,7 @@ class _Step:
         "request_ids",
         "saved",
         "saves",
+        "unused",
     )
 
     def __init__(self, plan: Plan, num_groups: int) -> None:
@@ -78,6 +79,7 @@ class _Step:
         self.parked = frozenset(plan.parked)
         self.ends = plan.ends
         self.saved = plan.saved
+        self.unused = unpack_ints(plan.unused)
         self.load_errors: dict[tuple[str, int], list[int]] = defaultdict(list)
         self.bad_pages: list[set[int]] = [set() for _ in range(num_groups)]
         self.failed_saves: list[int] = []
@@ -92,16 +94,18 @@ class _Step:
 class OffloadWorker(Worker):
     """Arena, copies and store traffic of one rank."""
 
-    def __init__(self, context: WorkerContext, *, capacity: int) -> None:
+    def __init__(self, context: WorkerContext, *, capacity: int, reserve: int = 0) -> None:
         """Remember what to build; the arena is taken when the layout is known.
 
         Args:
             context: What the engine and the configuration say.
             capacity: Host bytes of the whole engine; this rank takes its share of those on the machine.
+            reserve: Bytes that the host tier may be resized to, of the whole engine; 0 for no more than `capacity`.
         """
         self._context = context
         self._rank = context.rank
         self._capacity = capacity // context.local_ranks
+        self._reserve = reserve // context.local_ranks
         self._arena: Arena | None = None
         self._transfers: StoreTransfers | None = None
         self._pool: ThreadPoolExecutor | None = None
@@ -135,7 +139,7 @@ class OffloadWorker(Worker):
         self._layout = layout = layout.in_memory_order()
         self._payload_bytes = [group.payload_bytes for group in layout.groups]  # asked for once a frame
         on_gpu = any(region.tensor.device.type == "cuda" for group in layout.groups for region in group.regions)
-        self._arena = Arena(self._capacity, max(self._payload_bytes), pinned=on_gpu)
+        self._arena = Arena(self._capacity, max(self._payload_bytes), pinned=on_gpu, reserve=self._reserve)
         numbers = range(len(layout.groups))
         self._orders = [layout.payload_order(group) for group in numbers]
         self._fingerprints = [layout.fingerprint(group) for group in numbers]
@@ -162,7 +166,14 @@ class OffloadWorker(Worker):
             GroupHandshake(group.block_size, group.window or 0, len(group.layers), group.payload_bytes, shard)
             for group, shard in zip(self._layout.groups, self._shards, strict=True)
         )
-        return Handshake(rank=self._rank, num_slots=self._arena.num_slots, groups=groups).encode()
+        return Handshake(
+            rank=self._rank,
+            num_slots=self._arena.usable_slots,
+            groups=groups,
+            reserved_slots=self._arena.num_slots,
+            slot_bytes=self._arena.slot_bytes,
+            num_sharing=self._context.local_ranks,
+        ).encode()
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -190,6 +201,8 @@ class OffloadWorker(Worker):
             self._transfers.promote(tier, [self._frame(move) for move in moves])
         for tier, moves in _by_target(self._now.take("demotes")).items():
             self._transfers.demote(tier, [self._frame(move) for move in moves])
+        if self._now.unused:
+            self._give_back()
         for tier, moves in _by_target(self._now.take("drops")).items():
             self._transfers.drop(tier, [self._key(move) for move in moves])
 
@@ -276,7 +289,7 @@ class OffloadWorker(Worker):
             stats.update(self._transfers.counts)
             failures.update(self._transfers.failures)
         if self._arena is not None:
-            stats["arena_bytes"] = self._arena.num_slots * self._arena.slot_bytes
+            stats["arena_bytes"] = self._arena.usable_slots * self._arena.slot_bytes
         stats["failures"] = dict(failures)
         return stats
 
@@ -291,6 +304,13 @@ class OffloadWorker(Worker):
         self._layout = None
 
     # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _give_back(self) -> None:
+        assert self._arena is not None, "register_kv_caches comes first"
+        unused, self._now.unused = self._now.unused, []
+        for slot in unused:
+            self._empty(slot)
+        self._arena.give_back(unused)
 
     def _empty(self, slot: int) -> None:
         assert self._transfers is not None, "register_kv_caches comes first"

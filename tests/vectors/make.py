@@ -98,11 +98,12 @@ def main():
         [b"\x92", b"\xc4\x40" + b"a" * 32 + b"b" * 32, b"\xc4\x28" + struct.pack("<10i", 0, 1, 3, 4, 5, 6, 0, 0, 7, 8)]
     )
     none = b"\x92\xc4\x00\xc4\x00"
-    plan = b"KVP\x01" + b"\x9b" + b"\x2a" + b"\x91\xa2r1" + moves + none * 5 + b"\x90" * 3
+    plan = b"KVP\x01" + b"\x9c" + b"\x2a" + b"\x91\xa2r1" + moves + none * 5 + b"\x90" * 3 + b"\xc4\x00"
     ints = b"\xc4\x04" + struct.pack("<i", 5)
     report = b"KVR\x01" + b"\x9d" + b"\x2a\x01" + b"\x91\x93\xa2r1\x00" + ints + ints + b"\xc4\x00" * 6 + b"\xa3bad"
     report += b"\xc4\x0c" + struct.pack("<3i", 0, 32, 1500) + b"\xcd" + struct.pack(">H", 2500)
-    handshake = b"KVH\x01" + b"\x93\x00\xcd\x04\x00" + b"\x91\x95\x10\x00\x02\xcd\x20\x00\xce\xde\xad\xbe\xef"
+    handshake = b"KVH\x01" + b"\x96\x00\xcd\x04\x00" + b"\x91\x95\x10\x00\x02\xcd\x20\x00\xce\xde\xad\xbe\xef"
+    handshake += b"\x00\x00\x01"
     (HERE / "messages.json").write_text(
         json.dumps({"plan": plan.hex(), "report": report.hex(), "handshake": handshake.hex()}, indent=1) + "\n"
     )
