@@ -16,6 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver
+from kvconnect.engine.config import CacheLevel
+from kvconnect.engine.manager import KVCacheManager
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, FinishReason
 from kvconnect.engine.sampling import choose_token, draw
@@ -33,11 +35,13 @@ ENGINE_CAPABILITIES = EngineCapabilities(
     handshake=True,
     steps_when_idle=True,
     layer_hooks=True,
+    batch_claim=True,
 )
 """What this engine can do; whether it parks requests and how many tokens it takes a step are added when it starts."""
 
 _UNWRITTEN = "attention read KV that nobody wrote"
 _IDLE_S = 0.0005  # between steps that compute nothing but wait for a store
+_SETTLE_S = 60.0  # longer than a connector may keep pages, see `kvconnect.engine.scheduler`
 
 
 class Runner(Protocol):
@@ -101,6 +105,7 @@ class EngineCore:
 
     Attributes:
         scheduler: Decides.
+        manager: Gives requests their pages.
         cache: The pages.
         num_unwritten: Requests that read KV that nobody wrote.
     """
@@ -116,6 +121,8 @@ class EngineCore:
         max_batch_tokens: int,
         max_num_seqs: int,
         async_scheduling: bool,
+        enable_block_reuse: bool = True,
+        enable_partial_reuse: bool = True,
     ) -> None:
         """Start with no requests; the connector stays the caller's to shut down.
 
@@ -128,9 +135,16 @@ class EngineCore:
             max_batch_tokens: Tokens a step.
             max_num_seqs: Requests running at once.
             async_scheduling: Plan and run each step before the results of the one before it are taken.
+            enable_block_reuse: Whether requests find the blocks of earlier ones.
+            enable_partial_reuse: Whether they find parts of blocks on the device.
         """
         self.cache = cache
-        self.scheduler = Scheduler(cache, leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        self.manager = KVCacheManager(
+            cache, leader, enable_block_reuse=enable_block_reuse, enable_partial_reuse=enable_partial_reuse
+        )
+        self.scheduler = Scheduler(
+            self.manager, leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
+        )
         self.num_unwritten = 0
         self._leader = leader
         self._workers = workers
@@ -155,7 +169,81 @@ class EngineCore:
                 exception comes one step later, an interrupt at once; tokens that were taken before come with the next
                 step.
         """
-        batch = self.scheduler.schedule()
+        self._advance(self.scheduler.schedule())
+        tokens, self._tokens = self._tokens, []
+        return tokens
+
+    def suspend(self, request: EngineRequest) -> bool:
+        """Take a request's pages below the device and wait until they are free.
+
+        What others get meanwhile comes with the next step.
+
+        Returns:
+            False if there is no room for them, or if the request ends with what was in flight; then it goes on.
+
+        Raises:
+            RuntimeError: If the connector does not say in time that it has read the pages; they are freed all the same.
+        """
+        self._settle_steps()
+        if request not in self.scheduler.running and request not in self.scheduler.waiting:
+            return False
+        if not self.scheduler.suspend(request):
+            return False
+        if not self._idle_until(lambda: not self.scheduler.saves(request.request_id)):
+            raise RuntimeError(f"the pages of {request.request_id} were not read within {_SETTLE_S:.0f} s")
+        return True
+
+    def prefetch(self, request: EngineRequest, level: int) -> bool:
+        """Have a suspended request's blocks brought up to `level`, from the next step on; False if there is no room."""
+        return self._leader is not None and self._leader.prefetch(request.view(), level - CacheLevel.HOST)
+
+    def resize(self, level: int, num_bytes: int) -> bool:
+        """Give a level another size, after what the connector is doing has ended; False leaves all as it was.
+
+        Raises:
+            RuntimeError: If a request holds pages.
+        """
+        self._settle_steps()
+        self._idle_until(lambda: not self.has_connector_work)
+        if self.scheduler.running or self.scheduler.parked:
+            raise RuntimeError("suspend or finish the running requests first")
+        if level == CacheLevel.DEVICE:
+            return self.cache.resize(num_bytes // self.cache.bytes_per_page)
+        resized = self._leader is not None and self._leader.resize_tier(level - CacheLevel.HOST, num_bytes)
+        if resized:
+            self._advance(Batch(len(self.cache.pools)))  # workers learn what they need not keep
+        return resized
+
+    @property
+    def can_suspend(self) -> bool:
+        """Whether the connector can take a request's pages."""
+        return self._leader is not None and self._leader.capabilities.suspend
+
+    def suspended_blocks(self, request_id: str) -> list[tuple[int, int, int]]:
+        """Return (layer group, block, place) of a suspended request: 0 host memory, 1 the first store, -1 nowhere."""
+        stats = {} if self._leader is None else self._leader.get_stats().get("suspended", {})
+        return [tuple(block) for block in stats.get(request_id, {}).get("blocks", ())]
+
+    def idle(self) -> None:
+        """Run a step that computes nothing, for what moves between the connector's tiers."""
+        self._advance(Batch(len(self.cache.pools)))
+
+    def _idle_until(self, done: Callable[[], bool]) -> bool:
+        """Run steps that compute nothing until `done`; False if it takes too long."""
+        deadline = time.monotonic() + _SETTLE_S
+        while not done():
+            if time.monotonic() > deadline:
+                return False
+            self.idle()
+        return True
+
+    def _settle_steps(self) -> None:
+        """Take what has run."""
+        if self._in_flight:
+            self.idle()
+
+    def _advance(self, batch: Batch) -> None:
+        """Run a step; take the results of the one before it, and its own unless another may be planned first."""
         before = self._in_flight[-1] if self._in_flight else None
         try:
             ran = self._run(batch, before)
@@ -174,8 +262,6 @@ class EngineCore:
                 raise
         if not batch.parts:
             time.sleep(_IDLE_S)
-        tokens, self._tokens = self._tokens, []
-        return tokens
 
     def _run(self, batch: Batch, before: _Ran | None) -> _Ran:
         """Plan a step, and do what workers do: load, compute, sample, save, report.

@@ -15,14 +15,16 @@ import msgspec
 import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
+from kvconnect.engine.config import KVCacheConfig
 from kvconnect.engine.core import ENGINE_CAPABILITIES, EngineCore
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
 from kvconnect.engine.runner import ModelRunner
+from kvconnect.engine.sequence import Sequence as CacheSequence
 from kvconnect.engine.stopping import StopRule
 from kvconnect.errors import Closed, ConfigError
-from kvconnect.options import ByteSize, ConnectorConfig
+from kvconnect.options import ByteSize, ConnectorConfig, ConnectorSpec, parse_specs, specs_from_environment
 
 __all__ = ["LLM"]
 
@@ -37,8 +39,9 @@ class LLM:
         model: str | os.PathLike[str] | torch.nn.Module | None = None,
         connector: ConnectorConfig = None,
         *,
-        block_size: int = 16,
-        kv_cache_bytes: int | str = "512MiB",
+        kv_cache_config: KVCacheConfig | None = None,
+        block_size: int | None = None,
+        kv_cache_bytes: int | str | None = None,
         max_batch_tokens: int = 2048,
         max_num_seqs: int = 16,
         num_ranks: int = 1,
@@ -53,8 +56,9 @@ class LLM:
             model: A checkpoint folder, a transformers model, or None for the embedded tiny Llama.
             connector: One URL or mapping, or a list of them. Without one, ``KVCONNECT_CONNECTOR`` is read; without that
                 there is none.
-            block_size: Tokens a block.
-            kv_cache_bytes: Bytes of the paged cache, all layer groups together; ``"1GiB"`` or a number.
+            kv_cache_config: Sizes of the paged cache and of host memory, and what is reused; the default one if None.
+            block_size: Tokens a block, in place of the configuration's.
+            kv_cache_bytes: Bytes of the paged cache, all layer groups together, in place of the configuration's.
             max_batch_tokens: Tokens computed in one step; longer prompts are computed in chunks.
             max_num_seqs: Requests running at once.
             num_ranks: Workers of the connector, each with its share of the KV heads, as under tensor parallelism; the
@@ -69,6 +73,13 @@ class LLM:
         Raises:
             KVConnectError: If the model cannot be served or the connector does not fit, with the reason.
         """
+        config = kv_cache_config or KVCacheConfig()
+        if block_size is not None:
+            config = msgspec.structs.replace(config, block_size=block_size)
+        if kv_cache_bytes is not None:
+            config = msgspec.structs.replace(config, max_bytes=kv_cache_bytes, max_tokens=None)
+        block_size = config.block_size
+        connector = _with_host(connector, config)
         counts = {"block_size": block_size, "max_batch_tokens": max_batch_tokens, "max_num_seqs": max_num_seqs}
         for name, value in counts.items():
             if value < 1:
@@ -83,19 +94,18 @@ class LLM:
         loaded = load_model(model, dtype=dtype, model_id=model_id)
         if loaded.geometry.num_kv_heads % num_ranks:
             raise ConfigError(f"{loaded.geometry.num_kv_heads} KV heads cannot be shared among {num_ranks} ranks")
-        num_pages = ByteSize(kv_cache_bytes) // (loaded.geometry.bytes_per_token * block_size)
-        if num_pages < 1:
-            raise ConfigError(f"kv_cache_bytes={kv_cache_bytes!r} does not hold one block of {block_size} tokens")
+        num_pages = config.num_pages(loaded.geometry.bytes_per_token)
+        reserved = max(num_pages, config.reserve_tokens // block_size)
         self.tokenizer = loaded.tokenizer
         self.block_size = block_size
         self._rule = StopRule(loaded.model, loaded.tokenizer)
         self._max_model_len = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         self._vocab_size = loaded.model.config.get_text_config().vocab_size
-        self._num_pages = num_pages
         try:
-            cache = PagedCache(loaded.geometry, block_size=block_size, num_pages=num_pages)
+            cache = PagedCache(loaded.geometry, block_size=block_size, num_pages=reserved)
         except (MemoryError, RuntimeError) as error:
-            raise ConfigError(f"kv_cache_bytes={kv_cache_bytes!r} cannot be had: {error}") from error
+            raise ConfigError(f"{reserved} pages of {block_size} tokens cannot be had: {error}") from error
+        cache.resize(num_pages)
         self._leader: LeaderDriver | None = None
         self._workers: list[WorkerDriver] = []
         if connector or os.environ.get("KVCONNECT_CONNECTOR"):
@@ -116,7 +126,12 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             async_scheduling=async_scheduling,
+            enable_block_reuse=config.enable_block_reuse,
+            enable_partial_reuse=config.enable_partial_reuse,
         )
+        self._config = config
+        names = ("device", "host", *self._leader.tier_names) if self._leader is not None else ("device",)
+        self._level_names = tuple(names)
         self._ids = itertools.count()
         self._requests: dict[str, EngineRequest] = {}
         self._closed = False
@@ -210,11 +225,65 @@ class LLM:
             outputs.append(TokenOutput(request_id=request.request_id, token_id=token, finished=finished))
         return outputs
 
+    def sequence(self, request_id: str) -> CacheSequence:
+        """Return the handle by which a request's KV is suspended, prefetched and resumed.
+
+        Raises:
+            ConfigError: If there is no such request, or it is finished.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            raise ConfigError(f"there is no request {request_id!r}, or it is finished")
+        return CacheSequence(self._core, request, self._level_names)
+
+    def resize(self, level: int, num_bytes: int | str) -> bool:
+        """Grow or shrink a level of the cache while no request runs; suspended ones stay.
+
+        What is cached and does not fit is dropped, what suspended requests need never. The device and host memory grow
+        up to `KVCacheConfig.reserve_tokens` and `reserve_host_bytes`.
+
+        Args:
+            level: A `CacheLevel`, or the number of a store below DISK.
+            num_bytes: All layer groups and all ranks together; ``"1GiB"`` or a number.
+
+        Returns:
+            False if what is needed does not fit, or the level cannot be so large; then all is as it was.
+
+        Raises:
+            ConfigError: If a request runs, or there is no such level.
+        """
+        if not 0 <= level < len(self._level_names):
+            known = ", ".join(f"{number} ({name})" for number, name in enumerate(self._level_names))
+            raise ConfigError(f"there is no level {int(level)} to resize; levels: {known}")
+        running = [*self._core.scheduler.running, *self._core.scheduler.parked.values()]
+        if running:
+            names = ", ".join(request.request_id for request in running)
+            raise ConfigError(f"a level is resized while no request holds pages; suspend or finish {names} first")
+        return self._core.resize(level, ByteSize(num_bytes))
+
+    def warm_up(self, num_tokens: int | None = None) -> None:
+        """Compute a prompt that is not cached and of which no connector hears, so that the first real one pays nothing.
+
+        Args:
+            num_tokens: How long it is; as many tokens as a step computes if None.
+        """
+        most = min(self._core.scheduler.max_batch_tokens, self._core.cache.pools[0].num_usable * self.block_size - 1)
+        if self._max_model_len is not None:
+            most = min(most, self._max_model_len - 1)
+        count = most if num_tokens is None else num_tokens
+        request = self._new_request([0] * count, SamplingParams(max_tokens=1, ignore_eos=True), dummy=True)
+        self._core.scheduler.add(request)
+        while request in self._core.scheduler.waiting or request in self._core.scheduler.running:
+            self._core.step()
+
     def get_stats(self) -> dict[str, Any]:
         """Return the engine's counters, and the leader's and the workers' under their names."""
-        scheduler = self._core.scheduler
+        scheduler, totals = self._core.scheduler, self._core.manager.totals
+        dropped = sum(pool.num_evicted for pool in self._core.cache.pools)
         stats: dict[str, Any] = {
-            "pages": self._num_pages,
+            "pages": self._core.cache.pools[0].num_usable,
+            "blocks": {**msgspec.structs.asdict(totals), "dropped": dropped},
+            "cache_hit_rate": totals.hit_rate,
             "preemptions": scheduler.num_preemptions,
             "lost_saves": scheduler.num_lost_saves,
             "lost_loads": scheduler.num_lost_loads,
@@ -269,7 +338,7 @@ class LLM:
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _new_request(self, prompt: Sequence[int], params: SamplingParams) -> EngineRequest:
+    def _new_request(self, prompt: Sequence[int], params: SamplingParams, *, dummy: bool = False) -> EngineRequest:
         if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
             raise ConfigError("a prompt is a text or a list of token ids, and several are a list of those")
         if not prompt:
@@ -279,10 +348,11 @@ class LLM:
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise ConfigError(f"prompt token ids must lie in [0, {self._vocab_size})")
         total = len(prompt) + params.max_tokens
-        if -(-total // self.block_size) > self._num_pages:
+        num_pages = self._core.cache.pools[0].num_usable
+        if -(-total // self.block_size) > num_pages:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens and {params.max_tokens} to generate need more than the "
-                f"{self._num_pages} pages of {self.block_size} tokens; give LLM a larger kv_cache_bytes"
+                f"{num_pages} pages of {self.block_size} tokens; give LLM a larger kv_cache_bytes"
             )
         if self._max_model_len is not None and total > self._max_model_len:
             raise ConfigError(f"{total} tokens are more than the model's {self._max_model_len}")
@@ -292,4 +362,25 @@ class LLM:
             params,
             block_size=self.block_size,
             num_groups=len(self._core.cache.pools),
+            dummy=dummy,
         )
+
+
+def _with_host(connector: ConnectorConfig, config: KVCacheConfig) -> ConnectorConfig:
+    """Put the host memory of the configuration before the connector's stores.
+
+    Raises:
+        ConfigError: If the connector has host memory already.
+    """
+    capacity = ByteSize(config.host_cache_bytes)
+    if not capacity:
+        return connector
+    specs = parse_specs(connector) or specs_from_environment()
+    if any(spec.name == "host" for spec in specs):
+        raise ConfigError("host_cache_bytes and a host:// connector both size host memory; give one of them")
+    options: dict[str, Any] = {"capacity": capacity}
+    if config.host_min_priority:
+        options["min_priority"] = config.host_min_priority
+    if ByteSize(config.reserve_host_bytes):
+        options["reserve"] = ByteSize(config.reserve_host_bytes)
+    return [ConnectorSpec("host", options), *specs]

@@ -1,29 +1,29 @@
-"""The engine's paged KV cache: tensors, who holds which page, and which full pages can be used again. No scheduling.
+"""The engine's paged KV cache: tensors and the pools of their pages. No scheduling.
 
-A page is free, held by one or more sequences, or cached: full, named by its block hash, held by nobody. Cached pages
-are handed out last, least recently used first. Fresh pages are filled with NaN, so that KV that nobody wrote is seen.
+Fresh pages are filled with NaN, so that KV that nobody wrote is seen.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from kvconnect.engine.pool import NO_PAGE, CachedBlock, PagePool
 from kvconnect.protocol import (
+    DEFAULT_PRIORITY,
+    BlockChain,
     BlockHash,
     KVCacheLayout,
     LayerGroup,
     Region,
+    Retention,
     first_needed_block,
     longest_match,
 )
 
-__all__ = ["NO_PAGE", "KVGeometry", "LayerCache", "PagePool", "PagedCache"]
-
-NO_PAGE = -1
+__all__ = ["NO_PAGE", "KVGeometry", "LayerCache", "PartialMatch", "PagedCache"]
 
 
 class KVGeometry(NamedTuple):
@@ -50,6 +50,18 @@ class KVGeometry(NamedTuple):
         return 2 * layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
+class PartialMatch(NamedTuple):
+    """Pages whose first tokens continue a sequence, and whose others do not.
+
+    Attributes:
+        pages: One a group; `NO_PAGE` where the group needs none.
+        num_tokens: How many tokens they share, fewer than a block.
+    """
+
+    pages: tuple[int, ...]
+    num_tokens: int
+
+
 class LayerCache:
     """One layer's pages: `key` and `value` of ``(num_pages, block_size, num_kv_heads, head_dim)``."""
 
@@ -63,89 +75,6 @@ class LayerCache:
         self.window = window
 
 
-class PagePool:
-    """The pages of one layer group; bookkeeping only."""
-
-    def __init__(self, num_pages: int) -> None:
-        """Start with every page free."""
-        self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._holders = [0] * num_pages
-        self._hash_of: dict[int, BlockHash] = {}
-        self._page_of: dict[BlockHash, int] = {}
-        self._cached: OrderedDict[int, None] = OrderedDict()  # held by nobody, least recently used first
-
-    @property
-    def num_available(self) -> int:
-        """Pages that `take` could hand out."""
-        return len(self._free) + len(self._cached)
-
-    @property
-    def num_held(self) -> int:
-        """Pages that sequences hold."""
-        return sum(count > 0 for count in self._holders)
-
-    def find(self, block_hash: BlockHash) -> int:
-        """Return the page that holds a block, `NO_PAGE` if none does."""
-        return self._page_of.get(block_hash, NO_PAGE)
-
-    def is_cached(self, page: int) -> bool:
-        """Say whether the page has a name and no holder: holding it takes it from those available."""
-        return page in self._cached
-
-    def take(self) -> int:
-        """Hand out a page; the caller has made sure that one is available."""
-        if self._free:
-            page = self._free.pop()
-        else:
-            page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
-        self._holders[page] = 1
-        return page
-
-    def hold(self, page: int) -> None:
-        """Add a holder to a cached or held page."""
-        self._holders[page] += 1
-        self._cached.pop(page, None)
-
-    def release(self, page: int) -> None:
-        """Remove a holder; a page without holders is cached if it has a name, free otherwise."""
-        self._holders[page] -= 1
-        if self._holders[page] == 0:
-            if page in self._hash_of:
-                self._cached[page] = None
-            else:
-                self._free.append(page)
-
-    def name(self, page: int, block_hash: BlockHash) -> None:
-        """Make a full page findable; a block that another page holds already stays with that one."""
-        if block_hash not in self._page_of and page not in self._hash_of:
-            self._page_of[block_hash] = page
-            self._hash_of[page] = block_hash
-
-    def forget_names(self) -> None:
-        """Make nothing findable any more; cached pages become free."""
-        self._page_of.clear()
-        self._hash_of.clear()
-        self._free.extend(self._cached)
-        self._cached.clear()
-
-    def check_integrity(self) -> None:
-        """Compare the lists with one another.
-
-        Raises:
-            AssertionError: Names the invariant that does not hold.
-        """
-        free, cached = set(self._free), set(self._cached)
-        held = {page for page, count in enumerate(self._holders) if count > 0}
-        assert len(free) == len(self._free), "a page is free twice"
-        assert min(self._holders, default=0) >= 0, "a page was released more often than held"
-        assert len(free) + len(cached) + len(held) == len(free | cached | held), "a page is in two places"
-        assert free | cached | held == set(range(self.num_pages)), "a page is lost"
-        assert cached <= set(self._hash_of), "a page is cached without a name"
-        assert {page: name for name, page in self._page_of.items()} == self._hash_of, "names and pages disagree"
-
-
 class PagedCache:
     """Pools and tensors of every layer group.
 
@@ -157,10 +86,10 @@ class PagedCache:
     """
 
     def __init__(self, geometry: KVGeometry, *, block_size: int, num_pages: int) -> None:
-        """Make `num_pages` pages for every group."""
+        """Make `num_pages` pages for every group; memory is taken when they are first written to."""
         self.block_size = block_size
         self.windows = geometry.windows
-        self.pools = [PagePool(num_pages) for _ in geometry.layers]
+        self.pools = [PagePool(num_pages, sliding=window is not None) for window in geometry.windows]
         self._geometry = geometry
         shape = (num_pages, block_size, geometry.num_kv_heads, geometry.head_dim)
         by_layer = {}
@@ -169,6 +98,11 @@ class PagedCache:
                 key, value = (torch.empty(shape, dtype=geometry.dtype) for _ in range(2))  # filled when handed out
                 by_layer[layer] = LayerCache(key, value, group, window)
         self.layers = [by_layer[layer] for layer in sorted(by_layer)]
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of one page in every group, all layers together."""
+        return self._geometry.bytes_per_token * self.block_size
 
     def layout(self, rank: int = 0, num_ranks: int = 1) -> KVCacheLayout:
         """Describe one rank's part of the tensors for a connector: its share of every page's KV heads.
@@ -200,9 +134,55 @@ class PagedCache:
         present = [[pool.find(block_hash) != NO_PAGE for block_hash in hashes[:limit]] for pool in self.pools]
         return longest_match(present, self.block_size, self.windows, 0, limit)
 
+    def match_partial(
+        self, chain: BlockChain, tokens: Sequence[int], num_blocks: int, max_tokens: int
+    ) -> PartialMatch | None:
+        """Find pages that begin like what follows a sequence's first blocks.
+
+        Args:
+            chain: Of the sequence.
+            tokens: Its tokens.
+            num_blocks: Blocks that need not be looked for.
+            max_tokens: Look at no token beyond these.
+        """
+        parent = chain.hashes[num_blocks - 1] if num_blocks else chain.root
+        start = num_blocks * self.block_size
+        wanted = tuple(tokens[start : min(start + self.block_size, max_tokens)])
+        best: PartialMatch | None = None
+        for _, block in self.pools[0].continuing(parent):
+            shared = _common_prefix(block.tokens, wanted)
+            if not shared or (best is not None and shared <= best.num_tokens):
+                continue
+            pages = tuple(
+                pool.find(block.block_hash) if num_blocks >= self.first_needed(group, start + shared) else NO_PAGE
+                for group, pool in enumerate(self.pools)
+            )
+            needed = [num_blocks >= self.first_needed(group, start + shared) for group in range(len(pages))]
+            if all(page != NO_PAGE for page, need in zip(pages, needed, strict=True) if need):
+                best = PartialMatch(pages, shared)
+        return best
+
+    def copy_partial(self, partial: PartialMatch, tables: Sequence[Sequence[int]], block: int) -> None:
+        """Copy the shared tokens of a partial match into a sequence's own pages of that block."""
+        for cache in self.layers:
+            source, target = partial.pages[cache.group], tables[cache.group][block]
+            if source != NO_PAGE and target != NO_PAGE:
+                cache.key[target, : partial.num_tokens] = cache.key[source, : partial.num_tokens]
+                cache.value[target, : partial.num_tokens] = cache.value[source, : partial.num_tokens]
+
     def first_needed(self, group: int, num_tokens: int) -> int:
         """Return the first block that `group` needs when `num_tokens` tokens are computed."""
         return first_needed_block(num_tokens, self.block_size, self.windows[group])
+
+    def pages_needed(self, hashes: Sequence[BlockHash], num_matched: int, num_computed: int, end: int) -> list[int]:
+        """Return how many of each group's available pages `extend` would use for a new sequence of `end` tokens."""
+        blocks = -(-end // self.block_size)
+        needed = []
+        for group, pool in enumerate(self.pools):
+            first = self.first_needed(group, num_computed)
+            found = [pool.find(hashes[block]) for block in range(first, num_matched)]
+            needed.append(max(0, blocks - max(first, num_matched)) + sum(map(pool.is_cached, found)))
+        return needed
 
     def extend(
         self, tables: list[list[int]], hashes: Sequence[BlockHash], num_matched: int, num_computed: int, num_tokens: int
@@ -241,6 +221,16 @@ class PagedCache:
             fresh.append(taken)
         return fresh
 
+    def resize(self, num_pages: int) -> bool:
+        """Use `num_pages` pages of every group; False, with nothing changed, if more are held in one of them."""
+        before = [pool.num_usable for pool in self.pools]
+        for pool in self.pools:
+            if not pool.resize(num_pages):
+                for other, count in zip(self.pools, before, strict=True):
+                    other.resize(count)
+                return False
+        return True
+
     def fill_fresh(self, fresh: Sequence[Sequence[int]]) -> None:
         """Fill pages with NaN before anything is loaded or computed into them."""
         for cache in self.layers:
@@ -249,12 +239,26 @@ class PagedCache:
                 cache.key[pages] = torch.nan
                 cache.value[pages] = torch.nan
 
-    def name_full(self, tables: Sequence[Sequence[int]], hashes: Sequence[BlockHash], start: int, end: int) -> None:
+    def name_full(
+        self,
+        tables: Sequence[Sequence[int]],
+        chain: BlockChain,
+        tokens: Sequence[int],
+        start: int,
+        end: int,
+        *,
+        num_prompt_tokens: int = 0,
+        retention: Retention | None = None,
+    ) -> None:
         """Make blocks ``[start, end)`` of a sequence findable: they are full and right."""
-        for pool, table in zip(self.pools, tables, strict=True):
-            for block in range(start, end):
+        size = self.block_size
+        for block in range(start, end):
+            parent = chain.hashes[block - 1] if block else chain.root
+            held = CachedBlock(chain.hashes[block], parent, tuple(tokens[block * size : (block + 1) * size]))
+            rank = retention.of_block(block, size, num_prompt_tokens) if retention else (DEFAULT_PRIORITY, None)
+            for pool, table in zip(self.pools, tables, strict=True):
                 if table[block] != NO_PAGE:
-                    pool.name(table[block], hashes[block])
+                    pool.name(table[block], held, *rank)
 
     def release_stale(self, tables: Sequence[list[int]], num_computed: int) -> None:
         """Free pages that fell out of their group's window; -1 stays in their place."""
@@ -272,3 +276,11 @@ class PagedCache:
                 if page != NO_PAGE:
                     pool.release(page)
             table.clear()
+
+
+def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many first elements are the same."""
+    for index, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return index
+    return min(len(one), len(other))

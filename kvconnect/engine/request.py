@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from kvconnect.engine.stats import BlockCounts
 from kvconnect.errors import ConfigError
-from kvconnect.protocol import BlockChain, CacheUse, RequestView
+from kvconnect.protocol import BlockChain, CacheUse, RequestView, Retention
 
 __all__ = ["EngineRequest", "FinishReason", "RequestOutput", "SamplingParams", "TokenOutput"]
 
@@ -31,6 +32,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         ignore_eos: Go on after the end-of-sequence token.
         cache: What the request may do with the connector.
         cache_salt: Keeps this caller's blocks apart from others'.
+        retention: How long its blocks are worth keeping, on the device and below; None for the default.
     """
 
     max_tokens: int = 16
@@ -42,6 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     cache: CacheUse = "both"
     cache_salt: str | None = None
+    retention: Retention | None = None
 
     def __post_init__(self) -> None:
         """Refuse what could not run.
@@ -74,6 +77,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
         text: The same, decoded, cut before a stop text; ``""`` without a tokenizer.
         finish_reason: ``"length"``, ``"stop"``, or ``"aborted"``.
         ttft_s: Seconds from arrival to the first token.
+        blocks: What became of its blocks, in all its runs if it was preempted.
     """
 
     request_id: str
@@ -85,6 +89,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     finish_reason: FinishReason
     ttft_s: float
+    blocks: BlockCounts
 
 
 class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,12 +126,22 @@ class EngineRequest:
         failed_loads: Loads that failed; after `MAX_FAILED_LOADS` the leader is not asked again.
         seed: Of its sampling.
         scheduled_before: Whether a step named it since it arrived or was reset.
+        resumes: Whether its asynchronous load brings back what it had computed when it was suspended.
+        counts: What became of its blocks.
+        dummy: It is computed and not cached, and no connector hears of it: for warming up.
     """
 
     MAX_FAILED_LOADS = 3
 
     def __init__(
-        self, request_id: str, prompt: Sequence[int], params: SamplingParams, *, block_size: int, num_groups: int
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        block_size: int,
+        num_groups: int,
+        dummy: bool = False,
     ) -> None:
         """Take a prompt of at least one token."""
         self.request_id = request_id
@@ -149,6 +164,9 @@ class EngineRequest:
         self.give_up_at = 0.0
         self.failed_loads = 0
         self.scheduled_before = False
+        self.resumes = False
+        self.counts = BlockCounts()
+        self.dummy = dummy
         self.arrived_at = time.perf_counter()
         self.first_token_at = 0.0
         self.first_counts = (0, 0)
@@ -162,6 +180,7 @@ class EngineRequest:
             num_prompt_tokens=self.num_prompt_tokens,
             cache_salt=self.params.cache_salt,
             cache=self.params.cache,
+            retention=self.params.retention,
         )
 
     def append(self, token: int) -> None:
@@ -182,6 +201,7 @@ class EngineRequest:
         self.bad_blocks = set()
         self.ranks_loaded = set()
         self.scheduled_before = False
+        self.resumes = False
 
     @property
     def num_generated(self) -> int:
@@ -206,4 +226,5 @@ class EngineRequest:
             text=text,
             finish_reason=finish_reason,
             ttft_s=(self.first_token_at or time.perf_counter()) - self.arrived_at,
+            blocks=msgspec.structs.replace(self.counts),
         )

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from kvconnect.driver import LeaderDriver
-from kvconnect.engine.pages import PagedCache
+from kvconnect.engine.manager import Admission, Candidate, KVCacheManager
+from kvconnect.engine.pool import NO_PAGE
 from kvconnect.engine.request import EngineRequest
 from kvconnect.protocol import ScheduledRequest, SchedulerOutput
 
@@ -103,21 +104,23 @@ class Scheduler:
     """Waiting and running requests."""
 
     def __init__(
-        self, cache: PagedCache, leader: LeaderDriver | None, *, max_batch_tokens: int, max_num_seqs: int
+        self, manager: KVCacheManager, leader: LeaderDriver | None, *, max_batch_tokens: int, max_num_seqs: int
     ) -> None:
         """Start with no requests."""
         self.waiting: deque[EngineRequest] = deque()
         self.running: list[EngineRequest] = []
         self.parked: dict[str, EngineRequest] = {}
+        self.suspended: dict[str, EngineRequest] = {}
         self.num_lost_loads = 0
         self._orphans: dict[str, tuple[list[list[int]], set[int]]] = {}  # pages that a load may still write to
         self.num_preemptions = 0
         self.num_lost_saves = 0
         self._saving: dict[str, _Saving] = {}
         self._newly_saving: set[str] = set()
-        self._cache = cache
+        self._manager = manager
+        self._cache = manager.cache
         self._leader = leader
-        self._max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self._max_num_seqs = max_num_seqs
         self._step = 0
 
@@ -129,7 +132,7 @@ class Scheduler:
     def add(self, request: EngineRequest) -> None:
         """Queue a request and tell the leader."""
         self.waiting.append(request)
-        if self._leader is not None:
+        if self._leader is not None and not request.dummy:
             self._leader.on_new_request(request.view())
 
     def schedule(self) -> Batch:
@@ -139,7 +142,7 @@ class Scheduler:
         token that it will have sampled.
         """
         batch = Batch(len(self._cache.pools))
-        budget = self._max_batch_tokens
+        budget = self.max_batch_tokens
         for request in list(self.running):
             if not budget:
                 break
@@ -157,6 +160,8 @@ class Scheduler:
         new: list[ScheduledRequest] = []
         cached: list[ScheduledRequest] = []
         for request, _, start, count, _ in batch.parts:
+            if request.dummy:
+                continue
             described = ScheduledRequest(
                 request_id=request.request_id,
                 num_computed_tokens=start,
@@ -175,11 +180,7 @@ class Scheduler:
 
     def advance(self, part: BatchPart) -> None:
         """Note that a part is computed and right; full blocks can be found by others now."""
-        request, computed = part.request, part.start + part.num_tokens
-        full = computed // self._cache.block_size
-        self._cache.name_full(request.tables, request.chain.hashes, request.num_named, full)
-        request.num_named = full
-        self._cache.release_stale(request.tables, computed)
+        self._manager.computed(part.request, part.start + part.num_tokens)
 
     def finish(self, request: EngineRequest) -> None:
         """Tell the leader that a request ended, and let its pages go unless the leader still saves them."""
@@ -187,7 +188,8 @@ class Scheduler:
         self.running.remove(request)
         keeps = False
         try:
-            keeps = self._leader is not None and self._leader.request_finished(request.view(), request.tables)
+            if self._leader is not None and not request.dummy:
+                keeps = self._leader.request_finished(request.view(), request.tables)
         finally:  # an interrupt in the middle of it must not cost the pages
             if keeps:
                 self._saving[request.request_id] = _Saving(request.tables)
@@ -199,6 +201,9 @@ class Scheduler:
         """End a request that is not finished, wherever it is; a finished one is left alone."""
         if request in self.waiting:  # it holds no pages
             self.waiting.remove(request)
+            if self._leader is not None:
+                self._leader.request_finished(request.view(), request.tables)
+        elif self.suspended.pop(request.request_id, None) is not None:
             if self._leader is not None:
                 self._leader.request_finished(request.view(), request.tables)
         elif request in self.running:
@@ -229,6 +234,10 @@ class Scheduler:
                     self.num_lost_saves += 1
                     logger.warning("kvconnect: saves of %s were not reported in time; its pages are freed", request_id)
 
+    def saves(self, request_id: str) -> bool:
+        """Say whether a request's pages wait for their saves."""
+        return request_id in self._saving
+
     @property
     def num_saving(self) -> int:
         """Requests that ended and whose pages are still being saved."""
@@ -240,9 +249,7 @@ class Scheduler:
             return budget  # its last token is on its way
         count = min(len(request.tokens) + request.num_pending - request.num_computed, budget)
         while True:
-            fresh = self._cache.extend(
-                request.tables, request.chain.hashes, 0, request.num_computed, request.num_computed + count
-            )
+            fresh = self._manager.grow(request, request.num_computed + count)
             if fresh is not None:
                 self._enter(batch, request, request.num_computed, count, fresh)
                 return budget - count
@@ -255,58 +262,101 @@ class Scheduler:
                 return budget
 
     def _admit(self, batch: Batch, budget: int) -> None:
-        """Schedule waiting requests while there are tokens, pages and seats."""
-        for request in list(self.waiting):
-            if not budget or len(self.running) + len(self.parked) >= self._max_num_seqs:
-                return
-            block_size = self._cache.block_size
-            matched = self._cache.match(request.chain.hashes, (len(request.tokens) - 1) // block_size)
-            loaded, parks = 0, False
-            if self._leader is not None and request.failed_loads < request.MAX_FAILED_LOADS:
-                offer = self._leader.get_num_new_matched_tokens(request.view(), matched * block_size)
-                if offer.num_tokens is None:
-                    continue  # ask again next step; those behind it need not wait
-                loaded, parks = offer.num_tokens, offer.load_async
-            if parks:
-                if not self._park(batch, request, matched, loaded):
-                    return
-                continue
-            admitted = self._allocate(request, matched, loaded, budget)
-            if admitted is None:
-                return
-            computed, count, fresh = admitted
-            loaded = computed - matched * block_size
-            request.num_computed = computed
-            request.num_named = matched
-            request.num_reused = matched * block_size
-            request.num_loaded = loaded
-            if loaded:
-                batch.loading.add(request)
-            self.waiting.remove(request)
-            self.running.append(request)
-            self._enter(batch, request, computed, count, fresh)
+        """Schedule waiting requests while there are tokens, pages and seats; they are given their pages together."""
+        candidates: list[Candidate] = []
+        seats = self._max_num_seqs - len(self.running) - len(self.parked)
+        room = [pool.num_available for pool in self._cache.pools]
+        for request in self.waiting:
+            if not budget or len(candidates) >= seats:
+                break
+            estimate = self._manager.estimate(request)
+            if estimate is None:
+                continue  # ask again next step; those behind it need not wait
+            start = estimate.num_computed(self._cache.block_size)
+            count = 0 if estimate.parks else min(len(request.tokens) - start, budget)
+            needed = self._cache.pages_needed(request.chain.hashes, estimate.matched, start, start + count)
+            room = [left - need for left, need in zip(room, needed, strict=True)]
+            if candidates and min(room) < 0:
+                break
+            candidates.append(Candidate(request, estimate, count))
             budget -= count
+        for admission in self._manager.add_sequences(candidates):
+            self.waiting.remove(admission.request)
+            self._place(batch, admission)
 
-    def _park(self, batch: Batch, request: EngineRequest, matched: int, loaded: int) -> bool:
-        """Give a waiting request the pages of an asynchronous load, and wait; False if there are too few pages."""
-        computed = matched * self._cache.block_size + loaded
+    def _place(self, batch: Batch, admission: Admission) -> None:
+        """Put a request that has its pages where it belongs: into the step, or to those that wait for a load."""
+        request = admission.request
+        request.num_computed = admission.start
+        if admission.parked:
+            self._park(request)
+        else:
+            self.running.append(request)
+            if request.num_loaded:
+                batch.loading.add(request)
+        if admission.num_tokens:
+            self._enter(batch, request, admission.start, admission.num_tokens, admission.fresh)
+        else:
+            for pages, taken in zip(batch.fresh, admission.fresh, strict=True):
+                pages += taken
+
+    def _park(self, request: EngineRequest) -> None:
+        request.give_up_at = time.monotonic() + _LOAD_DEADLINE_S
+        self.parked[request.request_id] = request
+
+    def suspend(self, request: EngineRequest) -> bool:
+        """Take a request out of the queue and its pages below the device; they are free when `num_saving` says so.
+
+        Returns:
+            False if the leader has no room for them; then the request runs on.
+        """
+        if request in self.waiting:  # it holds no pages
+            self.waiting.remove(request)
+            if self._leader is not None and not request.dummy:
+                self._leader.request_reset(request.view())
+        else:
+            assert request in self.running, "only a running or waiting request can be suspended"
+            if self._leader is None or not self._leader.suspend(request.view(), request.tables, request.num_computed):
+                return False
+            self.running.remove(request)
+            request.run += 1
+            self._saving[request.request_id] = _Saving(request.tables)
+            self._newly_saving.add(request.request_id)
+            request.tables = [[] for _ in request.tables]
+        self.suspended[request.request_id] = request
+        return True
+
+    def resume(self, request: EngineRequest) -> bool:
+        """Give a suspended request pages for all that it had computed, and load what is not on the device.
+
+        Returns:
+            False if there are too few pages or seats, or the leader cannot load it; then it stays suspended.
+        """
+        if not request.num_computed:
+            del self.suspended[request.request_id]
+            self.waiting.appendleft(request)
+            return True
+        if len(self.running) + len(self.parked) >= self._max_num_seqs:
+            return False
+        size, computed = self._cache.block_size, request.num_computed
+        matched = self._cache.match(request.chain.hashes, computed // size)
         fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed)
         if fresh is None:
             return False
-        assert self._leader is not None, "only a leader offers asynchronous loads"
-        self.waiting.remove(request)
-        request.num_reused = matched * self._cache.block_size
-        request.num_loaded = loaded
-        request.give_up_at = time.monotonic() + _LOAD_DEADLINE_S
-        for pages, taken in zip(batch.fresh, fresh, strict=True):
-            pages += taken
-        if self._leader.update_state_after_alloc(request.view(), request.tables, loaded):
-            self.parked[request.request_id] = request
-        else:  # the leader failed: nothing will be loaded
+        self._cache.fill_fresh(fresh)
+        missing = [[NO_PAGE] * min(matched, len(table)) + table[matched:] for table in request.tables]
+        assert self._leader is not None, "a request without a leader is suspended with nothing computed"
+        if not self._leader.resume(request.view(), missing):
             self._cache.release_all(request.tables)
-            request.reset()
-            request.failed_loads += 1
-            self.waiting.appendleft(request)
+            return False
+        del self.suspended[request.request_id]
+        request.bad_blocks, request.ranks_loaded = set(), set()
+        request.num_named = matched
+        if any(page != NO_PAGE for table in missing for page in table):
+            request.resumes = True
+            self._park(request)
+        else:
+            self.running.append(request)
         return True
 
     def bad_blocks(self, bad_pages: Sequence[set[int]] | None) -> dict[EngineRequest, set[int]]:
@@ -345,9 +395,11 @@ class Scheduler:
             self._cache.release_all(request.tables)
             return
         size = self._cache.block_size
-        arrived = request.num_reused + request.num_loaded
+        resumes, request.resumes = request.resumes, False
+        arrived = request.num_computed if resumes else request.num_reused + request.num_loaded
         if request.bad_blocks:
-            arrived = max(request.num_reused, min(request.bad_blocks) * size)
+            first = 0 if resumes else request.num_reused
+            arrived = max(first, min(request.bad_blocks) * size)
             request.failed_loads += 1
             if any(window is not None for window in self._cache.windows):
                 # pages for a shorter prefix's window were never asked for: begin again with what is on the device
@@ -357,9 +409,10 @@ class Scheduler:
                 if self._leader is not None:
                     self._leader.request_reset(request.view())
                 return
-        request.num_loaded = arrived - request.num_reused
+        if not resumes:
+            request.num_loaded = arrived - request.num_reused
+            request.num_named = request.num_reused // size
         request.num_computed = arrived
-        request.num_named = request.num_reused // size
         self.running.append(request)
 
     def _orphan(self, request: EngineRequest) -> None:
@@ -375,31 +428,6 @@ class Scheduler:
         self.waiting.appendleft(request)
         if self._leader is not None:
             self._leader.request_reset(request.view())
-
-    def _allocate(
-        self, request: EngineRequest, matched: int, loaded: int, budget: int
-    ) -> tuple[int, int, list[list[int]]] | None:
-        """Give a waiting request its pages and tell the leader.
-
-        Args:
-            request: Without pages.
-            matched: Blocks found on the device.
-            loaded: Tokens that the leader offers on top.
-            budget: Tokens that may be computed.
-
-        Returns:
-            Tokens that need not be computed, tokens to compute, and the fresh pages; None if there are too few pages.
-        """
-        computed = matched * self._cache.block_size + loaded
-        count = min(len(request.tokens) - computed, budget)
-        fresh = self._cache.extend(request.tables, request.chain.hashes, matched, computed, computed + count)
-        if fresh is None:
-            return None
-        told = self._leader is None or self._leader.update_state_after_alloc(request.view(), request.tables, loaded)
-        if told or not loaded:
-            return computed, count, fresh
-        self._cache.release_all(request.tables)  # the leader failed: nothing will be loaded into these pages
-        return self._allocate(request, matched, 0, budget)
 
     def _enter(
         self, batch: Batch, request: EngineRequest, start: int, count: int, fresh: Sequence[Sequence[int]]

@@ -395,7 +395,7 @@ class OffloadLeader(Leader):
             "load_policy": self._load_policy,
             "load_cost": self._cost.get_stats(),
             "requests": len(self._requests),
-            "suspended": self._suspended.counts(len(self._context.tiers)),
+            "suspended": self._suspended.get_stats(),
             "off": self._off,
         }
 

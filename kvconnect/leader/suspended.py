@@ -11,7 +11,7 @@ so that others may load it; a partial block, and any block of a request that mus
 from __future__ import annotations
 
 import secrets
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from kvconnect.leader.draft import PlanDraft
@@ -285,13 +285,23 @@ class Suspensions:
                     self._remove(block)
             each.blocks = []
 
-    def counts(self, num_tiers: int) -> dict[str, dict[str, object]]:
-        """Return for each suspended request how many blocks are at which highest place.
+    def get_stats(self) -> dict[str, dict[str, object]]:
+        """Return for each suspended request its blocks, (layer group, ordinal, highest place), and how many move up.
 
-        ``tiers`` counts those in the arena, then those in each store; ``moving`` of them are on their way up; ``lost``
-        are nowhere, and will be computed again.
+        A place is 0 for the arena, ``1 +`` the number of a store, or -1: the block is lost, and will be computed again.
         """
-        return {request_id: self._count(each, num_tiers) for request_id, each in self._requests.items()}
+        stats: dict[str, dict[str, object]] = {}
+        for request_id, each in self._requests.items():
+            entries = [self._index.get(*block.name) for block in each.blocks]
+            up = [entry is not None and entry.state is not State.PROMOTING for entry in entries]
+            stats[request_id] = {
+                "blocks": [
+                    (block.group, block.ordinal, 0 if there else block.held_in + (block.held_in >= 0))
+                    for block, there in zip(each.blocks, up, strict=True)
+                ],
+                "moving": sum(entry is not None and entry.state is State.PROMOTING for entry in entries),
+            }
+        return stats
 
     # -- what the traffic tells ----------------------------------------------------------------------------------
 
@@ -378,15 +388,3 @@ class Suspensions:
         if entry is not None:
             self._index.void(entry)
         self._traffic.drop(*block.name)
-
-    def _count(self, each: _Suspension, num_tiers: int) -> dict[str, object]:
-        places: Counter[int] = Counter()
-        moving = 0
-        for block in each.blocks:
-            entry = self._index.get(*block.name)
-            if entry is not None and entry.state is not State.PROMOTING:
-                places[0] += 1
-            else:
-                moving += entry is not None
-                places[block.held_in + 1 if block.held_in >= 0 else -1] += 1
-        return {"tiers": [places[n] for n in range(num_tiers + 1)], "moving": moving, "lost": places[-1]}

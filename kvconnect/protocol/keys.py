@@ -108,9 +108,10 @@ class BlockChain:
         hashes: One per full block, in order. Read it; do not change it.
         block_size: Tokens a block.
         num_tokens: Tokens given so far, those of the unfinished block included.
+        root: What the first block's hash starts from: differs with salt, adapter, secret and epoch.
     """
 
-    __slots__ = ("_media", "_pending", "_state", "block_size", "hashes", "num_tokens")
+    __slots__ = ("_media", "_pending", "_state", "block_size", "hashes", "num_tokens", "root")
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class BlockChain:
         if epoch:
             root.append(("epoch", epoch))
         parent = hashlib.blake2b(frame_fields(root), digest_size=32, person=b"kvconnect-root-1", key=secret).digest()
+        self.root = BlockHash(parent)
         self.block_size = block_size
         self.num_tokens = 0
         self.hashes: list[BlockHash] = []
