@@ -37,13 +37,8 @@ __all__ = ["FORMAT_VERSION", "StoreFolder"]
 
 FORMAT_VERSION = 1
 _MARKER = "kvconnect-disk.json"
-_UNFINISHED = {
-    "lock",
-    ".marker",
-    "blocks",
-    "tmp",
-    "holds",
-}  # what is there while a folder is being made, or after a crash
+# what is there while a folder is being made, or after a crash
+_UNFINISHED = {"lock", ".marker", "blocks", "tmp", "holds"}
 
 
 class _Marker(msgspec.Struct, forbid_unknown_fields=True):
