@@ -1,14 +1,19 @@
-"""The folder of a disk store: its format marker, its locks, its temporary files. Knows no frames.
+"""The folder of a disk store: its format marker, its locks, its accounts, its temporary files. Knows no frames.
 
     <root>/kvconnect-disk.json   {"format": "kvconnect-disk", "version": 1}; written last when a folder is made
     <root>/lock                  flock: taken for set-up, clean-up, accounting and eviction
-    <root>/usage                 bytes published and bytes on their way, 8 bytes little-endian each, under the lock
+    <root>/usage                 bytes published, bytes on their way, and the limit that all share (0: each process's
+                                 own applies), 8 bytes little-endian each, under the lock
     <root>/blocks/<hh>/<key>     one file a block; <key> is the block key in hex, <hh> the hash's first byte
     <root>/tmp/<random>/         one folder a living process, its `lock` held; files move from here to blocks/
     <root>/tmp/<random>/lock     holds what that process has booked, 8 bytes little-endian
+    <root>/holds/                who holds which block until when, see `holds.py`
 
 A process that died leaves a tmp folder whose lock can be taken; the next start removes it. Nothing else is ever deleted
 that this store did not write.
+
+The limit and the holds came later and left the version at 1: where they are missing there are none. A process of an
+older version that uses the folder at the same time knows neither: it evicts held blocks, and keeps to its own capacity.
 """
 
 from __future__ import annotations
@@ -25,12 +30,15 @@ from pathlib import Path
 import msgspec
 
 from kvconnect.errors import ConfigError
+from kvconnect_disk.holds import HoldRecords
+from kvconnect_disk.locks import try_lock
 
 __all__ = ["FORMAT_VERSION", "StoreFolder"]
 
 FORMAT_VERSION = 1
 _MARKER = "kvconnect-disk.json"
-_UNFINISHED = {"lock", ".marker", "blocks", "tmp"}  # what is there while a folder is being made, or after a crash
+# what is there while a folder is being made, or after a crash
+_UNFINISHED = {"lock", ".marker", "blocks", "tmp", "holds"}
 
 
 class _Marker(msgspec.Struct, forbid_unknown_fields=True):
@@ -45,6 +53,7 @@ class StoreFolder:
         root: The folder.
         blocks: Where block files are.
         tmp: This process's folder for files on their way.
+        holds: The hold records; under the lock.
     """
 
     def __init__(self, root: Path) -> None:
@@ -67,11 +76,13 @@ class StoreFolder:
                 self._check_marker()
                 self.tmp = root / "tmp" / secrets.token_hex(8)
                 self.tmp.mkdir(mode=0o700)
-                self._tmp_fd = _try_lock(self.tmp / "lock")
+                self._tmp_fd = try_lock(self.tmp / "lock")
+                self.holds = HoldRecords(root / "holds", self.tmp.name)
                 self._booked = 0
                 self._usage_fd = os.open(root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 if self.remove_litter():  # nobody else lives: nothing is on its way
                     self._write_usage(8, 0)
+                    self.limit = 0
         except OSError as error:
             raise ConfigError(f"disk store cannot use {os.fspath(root)!r}: {error}") from error
 
@@ -99,6 +110,15 @@ class StoreFolder:
         """Bytes that everybody has been given room for and has not published yet. Under the lock."""
         return self._read_usage(8)
 
+    @property
+    def limit(self) -> int:
+        """Bytes that everybody together may keep, 0 if nobody has said so. Under the lock."""
+        return self._read_usage(16)
+
+    @limit.setter
+    def limit(self, value: int) -> None:
+        self._write_usage(16, value)
+
     def book(self, size: int) -> None:
         """Add `size` (negative to take back) to what this process has on its way. Under the lock."""
         self._booked += size
@@ -117,6 +137,7 @@ class StoreFolder:
             return
         with self.locked():  # a newcomer must not look for litter in a folder that is half gone
             self.book(-self._booked)
+            self.holds.close()
             shutil.rmtree(self.tmp, ignore_errors=True)
         for fd in (self._tmp_fd, self._usage_fd, self._lock_fd):
             os.close(fd)
@@ -131,7 +152,7 @@ class StoreFolder:
 
     def _make(self) -> None:
         os.chmod(self.root, 0o700)
-        for name in ("blocks", "tmp", *(f"blocks/{byte:02x}" for byte in range(256))):
+        for name in ("blocks", "tmp", "holds", *(f"blocks/{byte:02x}" for byte in range(256))):
             (self.root / name).mkdir(mode=0o700, exist_ok=True)
         unfinished = self.root / ".marker"
         unfinished.write_bytes(msgspec.json.encode(_Marker("kvconnect-disk", FORMAT_VERSION)))
@@ -160,7 +181,7 @@ class StoreFolder:
         for entry in list(os.scandir(self.root / "tmp")):
             if entry.path == os.fspath(self.tmp) or not entry.is_dir(follow_symlinks=False):
                 continue
-            fd = _try_lock(Path(entry.path) / "lock")
+            fd = try_lock(f"{entry.path}/lock")
             if fd < 0:
                 alone = False
                 continue
@@ -168,14 +189,3 @@ class StoreFolder:
             shutil.rmtree(entry.path, ignore_errors=True)
             os.close(fd)
         return alone
-
-
-def _try_lock(path: Path) -> int:
-    """Lock a file, making it; return its descriptor, -1 if another process holds it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        return -1
-    return fd

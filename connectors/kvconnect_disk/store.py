@@ -12,7 +12,7 @@ import itertools
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -27,7 +27,8 @@ _HASH_BYTE = 32  # first byte of the hash in a key: spreads over the 256 folders
 _PAGE = 4096
 _TOUCH_S = 1.0  # a block read again sooner keeps its place: one system call less for each
 _DECLINED = (errno.ENOSPC, errno.EDQUOT, errno.EISDIR, errno.ENOTDIR)  # full, or something else has the name
-_KEEP = 0.95  # an eviction frees a twentieth, so that scans are rare
+_KEEP = 0.95  # an eviction frees a twentieth of what is not held, so that scans are rare
+_FULL_S = 1.0  # nor does every write that holds leave no room for pay for a scan
 
 
 class DiskOptions(Options, frozen=True):
@@ -35,7 +36,8 @@ class DiskOptions(Options, frozen=True):
 
     Attributes:
         path: The folder.
-        capacity: Bytes that all processes together keep there; the least recently read blocks go first.
+        capacity: Bytes that all processes together keep there, until `DiskStore.resize` says otherwise; the least
+            recently read blocks go first.
         sync: Wait until each file is on the medium before it is published; survives power cuts, and is slow.
     """
 
@@ -48,7 +50,9 @@ class DiskStore(BlockStore):
     """One folder, used by any number of processes at once."""
 
     Options = DiskOptions
-    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(durable=True, shared=True, scans=True, concurrency=4)
+    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(
+        durable=True, shared=True, scans=True, holds=True, resizes=True, concurrency=4
+    )
 
     def __init__(self, options: DiskOptions, context: StoreContext) -> None:
         """Open the folder; see `StoreFolder`."""
@@ -56,8 +60,11 @@ class DiskStore(BlockStore):
         self._folder = StoreFolder(Path(options.path).expanduser().absolute())
         self._blocks = os.fspath(self._folder.blocks)
         self._numbers = itertools.count()
+        self._full: tuple[int, int, float] | None = (
+            None  # capacity, size and time of a write that holds left no room for
+        )
         with self._folder.locked():
-            self._recount(self._options.capacity)
+            _Census(self._files(), self._folder).evict(self._capacity())
 
     def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """Look for each key's file."""
@@ -72,13 +79,16 @@ class DiskStore(BlockStore):
         return [self._write(self._path(key), frame) for key, frame in zip(keys, frames, strict=True)]
 
     def remove(self, keys: Sequence[BlockKey]) -> None:
-        """Delete each key's file; what is no file is left alone."""
-        for key in keys:
-            path = self._path(key)
-            with contextlib.suppress(OSError), self._folder.locked():
-                freed = _charged(os.lstat(path).st_size)
-                os.unlink(path)
-                self._folder.published -= freed
+        """Delete each key's file, held or not, and end its holds; what is no file is left alone."""
+        with self._folder.locked():
+            self._full = None
+            self._folder.holds.drop_all(keys)  # first: a hold must not outlive its block, and keep one written later
+            for key in keys:
+                path = self._path(key)
+                with contextlib.suppress(OSError):
+                    freed = _charged(os.lstat(path).st_size)
+                    os.unlink(path)
+                    self._folder.published -= freed
 
     def scan(self) -> Iterator[BlockKey]:
         """Yield the keys that have a file."""
@@ -86,8 +96,39 @@ class DiskStore(BlockStore):
             with contextlib.suppress(ValueError):
                 yield BlockKey(bytes.fromhex(os.path.basename(path)))
 
+    def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
+        """Put down, for all processes, until when keys are held by the wall clock; False also on a full medium."""
+        with self._folder.locked():  # nobody evicts meanwhile
+            there = {key for key in keys if _is_file(self._path(key))}
+            held = iter(self._folder.holds.put([key for key in keys if key in there], ttl_s))
+            return [key in there and next(held) for key in keys]
+
+    def release(self, keys: Sequence[BlockKey]) -> None:
+        """Take back what this instance put down."""
+        with self._folder.locked():
+            self._full = None
+            self._folder.holds.drop(keys)
+
+    def held(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Look for each key's records; a holder that was closed or has died lives no longer."""
+        with self._folder.locked():
+            return self._folder.holds.living(keys)
+
+    def resize(self, num_bytes: int) -> bool:
+        """Set the limit that all processes share, until the folder is opened with nobody else there."""
+        if num_bytes < 0:
+            raise ValueError(f"{num_bytes} bytes are no capacity")
+        with self._folder.locked():
+            census = _Census(self._files(), self._folder)
+            if census.held_bytes > num_bytes:
+                return False
+            self._full = None
+            self._folder.limit = min(max(num_bytes, 1), 2**63)  # 0 would be none; no block fits into one byte
+            census.evict(num_bytes - self._folder.on_their_way)
+            return True
+
     def close(self) -> None:
-        """Close the folder."""
+        """Close the folder; what this instance holds stays held until its time is over."""
         self._folder.close()
 
     def _path(self, key: BlockKey) -> str:
@@ -137,6 +178,8 @@ class DiskStore(BlockStore):
             with self._folder.locked():
                 self._folder.book(-size)
                 self._folder.published += added
+                if 0 < self._folder.limit < self._folder.published:  # it was on its way when the store became smaller
+                    _Census(self._files(), self._folder).evict(self._folder.limit)
 
     def _write_file(self, path: str, frame: memoryview) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -149,39 +192,72 @@ class DiskStore(BlockStore):
         finally:
             os.close(fd)
 
+    def _capacity(self) -> int:
+        """Return how many bytes all processes together may keep. Under the lock."""
+        return self._folder.limit or self._options.capacity
+
     def _take_room(self, size: int) -> bool:
         """Account for `size` more bytes, evicting if they do not fit; False if they never will."""
         with self._folder.locked():
-            if self._folder.published + self._folder.on_their_way + size > self._options.capacity:
+            capacity = self._capacity()
+            if self._folder.published + self._folder.on_their_way + size > capacity:
                 self._folder.remove_litter()  # what the dead had booked is free again
-                limit = int(self._options.capacity * _KEEP) - self._folder.on_their_way - size
-                if limit < 0 or self._recount(limit) > limit:
+                if not self._make_room(size, capacity):
                     return False
             self._folder.book(size)
             return True
 
-    def _recount(self, limit: int) -> int:
-        """Count what is there, evict down to `limit` if it is more, and account for the rest. Under the lock."""
-        files = []
-        for path in self._files():
+    def _make_room(self, size: int, capacity: int) -> bool:
+        """Evict until `size` more bytes fit into `capacity`, and some more; False, evicting nothing, if they cannot."""
+        coming = self._folder.on_their_way + size
+        if coming > int(capacity * _KEEP):
+            return False
+        if self._full is not None:
+            full_capacity, full_size, since = self._full
+            if capacity == full_capacity and size >= full_size and time.monotonic() - since < _FULL_S:
+                return False
+        census = _Census(self._files(), self._folder)
+        room = int((capacity - census.held_bytes) * _KEEP) - coming
+        if room < 0:
+            self._full = (capacity, size, time.monotonic())
+            return False
+        return census.evict(census.held_bytes + room)
+
+    def _files(self) -> Iterator[str]:
+        for byte in range(256):
+            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self._blocks}/{byte:02x}") as entries:
+                yield from (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+
+
+class _Census:
+    """What is there at one moment, and which of it is held. Under the lock."""
+
+    def __init__(self, paths: Iterable[str], folder: StoreFolder) -> None:
+        """Count block files."""
+        self._folder = folder
+        held = folder.holds.in_force()
+        self._evictable: list[tuple[int, int, str]] = []  # last read, bytes, path
+        self.held_bytes = 0
+        for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 info = os.stat(path)
-                files.append((info.st_mtime_ns, _charged(info.st_size), path))
-        used = sum(size for _, size, _ in files)
+                if held and os.path.basename(path) in held:
+                    self.held_bytes += _charged(info.st_size)
+                else:
+                    self._evictable.append((info.st_mtime_ns, _charged(info.st_size), path))
+
+    def evict(self, limit: int) -> bool:
+        """Evict down to `limit` bytes, if it is more, and account for the rest; say whether that was enough."""
+        used = self.held_bytes + sum(size for _, size, _ in self._evictable)
         if used > limit:
-            for _, size, path in sorted(files):
+            for _, size, path in sorted(self._evictable):
                 if used <= limit:
                     break
                 with contextlib.suppress(OSError):
                     os.unlink(path)
                     used -= size
         self._folder.published = used
-        return used
-
-    def _files(self) -> Iterator[str]:
-        for byte in range(256):
-            with contextlib.suppress(FileNotFoundError), os.scandir(f"{self._blocks}/{byte:02x}") as entries:
-                yield from (entry.path for entry in entries if entry.is_file(follow_symlinks=False))
+        return used <= limit
 
 
 def _charged(size: int) -> int:

@@ -21,7 +21,8 @@ class StoreCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         durable: What `write` confirmed is there after a restart.
         shared: Other instances, other processes too, read what one wrote.
         scans: `scan` works.
-        holds: `hold` and `release` work.
+        holds: `hold`, `release` and `held` work.
+        resizes: `resize` works.
         concurrency: Calls that may run at once; with 1, opening, every call and closing run on one thread.
     """
 
@@ -29,6 +30,7 @@ class StoreCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     shared: bool = False
     scans: bool = False
     holds: bool = False
+    resizes: bool = False
     concurrency: int = 1
 
 
@@ -104,7 +106,19 @@ class BlockStore(ABC):
         raise UnsupportedError(f"{type(self).__name__} does not declare 'scans'")
 
     def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
-        """Keep keys from eviction until `release` or for `ttl_s` seconds; capability `holds`.
+        """Keep keys from being dropped; capability `holds`.
+
+        A hold belongs to this instance and is in force until it releases the key, until `ttl_s` seconds have passed
+        since it last held the key, or until anybody removes the key. It does not end with the instance or its process:
+        what was put down by one that died can be taken up again by another. Several may hold one key.
+
+        Args:
+            keys: What to hold; holding a key again begins its time anew.
+            ttl_s: Seconds.
+
+        Returns:
+            For each key, True: it is there, and no instance evicts or drops it while the hold is in force. False: it is
+            absent, or cannot be held.
 
         Raises:
             UnsupportedError: If the store does not declare it.
@@ -112,9 +126,37 @@ class BlockStore(ABC):
         raise UnsupportedError(f"{type(self).__name__} does not declare 'holds'")
 
     def release(self, keys: Sequence[BlockKey]) -> None:
-        """Let held keys be evicted again; absent ones are fine; capability `holds`.
+        """End this instance's holds; those of others stay; keys that are absent or not held are fine; `holds`.
 
         Raises:
             UnsupportedError: If the store does not declare it.
         """
         raise UnsupportedError(f"{type(self).__name__} does not declare 'holds'")
+
+    def held(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Say for each key whether a hold is in force whose holder may still live; capability `holds`.
+
+        False for a key that was held lets a leader remove what a dead process left. A store that cannot tell the dead
+        from the living says True until the hold's time is over.
+
+        Raises:
+            UnsupportedError: If the store does not declare it.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not declare 'holds'")
+
+    def resize(self, num_bytes: int) -> bool:
+        """Make `num_bytes` the capacity of the medium, for everybody who uses it; capability `resizes`.
+
+        It holds from now on, until it is resized again or nobody uses it any more; then what is configured applies.
+        What does not fit is evicted, least recently used first, never what is held.
+
+        Args:
+            num_bytes: Bytes, by the store's own count of what a frame takes.
+
+        Returns:
+            False if what is held does not fit; nothing has changed then.
+
+        Raises:
+            UnsupportedError: If the store does not declare it.
+        """
+        raise UnsupportedError(f"{type(self).__name__} does not declare 'resizes'")

@@ -51,3 +51,11 @@ class WrapperStore(BlockStore):
     def release(self, keys: Sequence[BlockKey]) -> None:
         """Forward."""
         self.inner.release(keys)
+
+    def held(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Forward."""
+        return self.inner.held(keys)
+
+    def resize(self, num_bytes: int) -> bool:
+        """Forward."""
+        return self.inner.resize(num_bytes)

@@ -331,42 +331,208 @@ class StoreTests(Kit):
         needs(not capabilities.scans, "(scans is declared)")
         must_refuse("scan", lambda: list(store.scan()))
 
+    def test_hold_says_which_keys_it_keeps(
+        self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Holds: `hold` and `held` answer for each key; an absent one is not held; releasing twice is fine."""
+        needs(capabilities.holds, "holds")
+        keys = make_keys(rng, 4)
+        write_all(store, keys[1::2], [b"one", b"three"])
+        must_equal("held before anything is held", _answers(store.held(keys)), [False] * 4)
+        asked = [*keys, keys[1]]
+        there = [False, True, False, True, True]
+        must_equal("hold of absent and present keys", _answers(store.hold(asked, 60.0)), there)
+        must_equal("held of the same keys", _answers(store.held(asked)), there)
+        must_equal("read of a held key", read_one(store, keys[1], 64), b"one")
+        store.release([*keys[:2], keys[0]])
+        store.release(keys[:2])
+        must_equal("held after the second key was released", _answers(store.held(keys)), [False] * 3 + [True])
+        store.release(keys)
+        must_equal("hold([])", list(store.hold([], 60.0)), [])
+        must_equal("held([])", list(store.held([])), [])
+
+    def test_hold_is_seen_by_others_and_is_ones_own(
+        self, target: Target, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Holds, shared: another instance sees a hold, and `release` ends nobody's but one's own."""
+        needs(capabilities.holds, "holds")
+        needs(capabilities.shared, "shared")
+        keys = make_keys(rng, 3)
+        write_all(store, keys, [b"frame"] * 3)
+        other = target.open_store()
+        try:
+            store.hold(keys[:2], 60.0)
+            must_equal("held, asked of another instance", _answers(other.held(keys)), [True, True, False])
+            other.hold(keys[1:], 60.0)
+            other.release(keys)
+            must_equal("held after another instance released all", _answers(store.held(keys)), [True, True, False])
+            store.release(keys)
+            must_equal("held after both have released", _answers(other.held(keys)), [False] * 3)
+        finally:
+            other.close()
+
+    def test_hold_ends_after_its_time(
+        self, store: BlockStore, capabilities: StoreCapabilities, patience_s: float, rng: random.Random
+    ) -> None:
+        """Holds: a hold ends `ttl_s` seconds after the key was last held, not before."""
+        needs(capabilities.holds, "holds")
+        keys = make_keys(rng, 2)
+        write_all(store, keys, [b"brief", b"renewed"])
+        before = time.monotonic()
+        store.hold(keys, 0.3)
+        store.hold(keys[1:], 60.0)
+        brief, renewed = _answers(store.held(keys))
+        within = time.monotonic() - before < 0.3
+        must(brief or not within, expected="a hold to be in force for its 0.3 s", got="none")
+        while brief and time.monotonic() - before < 0.3 + patience_s:
+            time.sleep(0.05)
+            brief, renewed = _answers(store.held(keys))
+        must_equal("held after the hold's 0.3 s", brief, False, hint="ttl_s: a process that dies releases nothing")
+        must_equal("held of a key that was held again for 60 s", renewed, True, hint="the last hold's time counts")
+        store.release(keys)
+
     def test_held_keys_stay(
         self, target: Target, store: BlockStore, capabilities: StoreCapabilities, tmp_path: Path, rng: random.Random
     ) -> None:
-        """Holds: what `hold` confirmed is there until `release`, and holding an absent key is False."""
+        """Holds: what `hold` confirmed is there however much is written, by this instance or another."""
         needs(capabilities.holds, "holds")
-        keys = make_keys(rng, 2)
-        write_all(store, keys[:1], [b"held"])
-        must_equal("hold of a present and an absent key", [bool(x) for x in store.hold(keys, 60.0)], [True, False])
-        must_equal("read of a held key", read_one(store, keys[0], 64), b"held")
-        store.release(keys)
-        store.release(keys)
         if not _has_capacity(target):
-            return  # nothing makes it evict
-        store.close()
+            not_shown(f"{target.name} has no option named capacity")
         with _small(target, tmp_path) as full:
             held, *others = make_keys(rng, 64)
             frame = rng.randbytes(_LARGE)
             write_all(full, [held], [frame])
-            must_equal("hold of a present key", [bool(x) for x in full.hold([held], 60.0)], [True])
-            for key in others:
-                full.write([key], [memoryview(rng.randbytes(_LARGE))])
-            must(
-                read_one(full, held, _LARGE) == frame,
-                expected="a held key to be there although others have filled the store",
-                got="a miss, or other bytes",
-                hint="hold must keep a key from eviction",
-            )
+            must_equal("hold of a present key", _answers(full.hold([held], 60.0)), [True])
+            for who in ("this instance", "another instance") if capabilities.shared else ("this instance",):
+                with contextlib.nullcontext(full) if who == "this instance" else _small(target, tmp_path) as writer:
+                    for key in others:
+                        writer.write([key], [memoryview(rng.randbytes(_LARGE))])
+                must(
+                    read_one(full, held, _LARGE) == frame,
+                    expected=f"a held key to be there although {who} has filled the store",
+                    got="a miss, or other bytes",
+                    hint="hold must keep a key from eviction",
+                )
             full.release([held])
+
+    def test_removed_key_is_not_held(
+        self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
+    ) -> None:
+        """Holds: `remove` forgets a held key and ends its hold; the key can be written and held again."""
+        needs(capabilities.holds, "holds")
+        keys = make_keys(rng, 2)
+        write_all(store, keys, [b"one", b"two"])
+        store.hold(keys, 60.0)
+        store.remove(keys[:1])
+        must_equal("contains after a held key was removed", _answers(store.contains(keys)), [False, True])
+        must_equal("held after a held key was removed", _answers(store.held(keys)), [False, True])
+        must_equal("hold of the removed key", _answers(store.hold(keys, 60.0)), [False, True])
+        write_all(store, keys[:1], [b"again"])
+        must_equal("held of a key that was written again", _answers(store.held(keys)), [False, True])
+        must_equal("hold of a key that was written again", _answers(store.hold(keys, 60.0)), [True, True])
+        store.release(keys)
 
     def test_undeclared_hold_is_refused(
         self, store: BlockStore, capabilities: StoreCapabilities, rng: random.Random
     ) -> None:
-        """Without `holds`, `hold` and `release` raise UnsupportedError."""
+        """Without `holds`, `hold`, `release` and `held` raise UnsupportedError."""
         needs(not capabilities.holds, "(holds is declared)")
         must_refuse("hold", lambda: store.hold(make_keys(rng, 1), 1.0))
         must_refuse("release", lambda: store.release(make_keys(rng, 1)))
+        must_refuse("held", lambda: store.held(make_keys(rng, 1)))
+
+    def test_resize_evicts_what_does_not_fit(
+        self, target: Target, capabilities: StoreCapabilities, tmp_path: Path, rng: random.Random
+    ) -> None:
+        """Resizes: a smaller store keeps no more than it may, at once and from then on, and all that is held."""
+        needs(capabilities.resizes, "resizes")
+        with _medium(target, tmp_path, rng) as (store, keys, frames):
+            held = keys[:2] if capabilities.holds else []
+            if held:
+                store.hold(held, 60.0)
+            must_equal("resize of 1 MiB to 256 KiB", store.resize(_CAPACITY // 4), True)
+            self._must_be_within(store, keys, _CAPACITY // 4, "when it has become smaller")
+            for key in (more := make_keys(rng, 20)):
+                store.write([key], [memoryview(rng.randbytes(_LARGE))])
+            self._must_be_within(store, [*keys, *more], _CAPACITY // 4, "when more is written")
+            found = [read_one(store, key, _LARGE) for key in held]
+            must(found == frames[: len(held)], expected="a smaller store to keep what is held", got=_count(found))
+            must_equal("resize to 1 MiB again", store.resize(_CAPACITY), True)
+            write_all(store, more, [rng.randbytes(_LARGE) for _ in more])
+            kept = sum(_answers(store.contains(more)))
+            must_equal("frames kept of 20, which fit again", kept, 20)
+            if held:
+                store.release(held)
+
+    def test_resize_below_what_is_held_is_refused(
+        self, target: Target, capabilities: StoreCapabilities, tmp_path: Path, rng: random.Random
+    ) -> None:
+        """Resizes, holds: `resize` to less than what is held is False, and changes nothing."""
+        needs(capabilities.resizes, "resizes")
+        needs(capabilities.holds, "holds")
+        with _medium(target, tmp_path, rng) as (store, keys, frames):
+            store.hold(keys[:8], 60.0)
+            must_equal("resize of 1 MiB to 256 KiB with 320,000 bytes held", store.resize(_CAPACITY // 4), False)
+            found = [read_one(store, key, _LARGE) for key in keys]
+            must(found == frames, expected="a refused resize to evict nothing", got=_count(found))
+            (more,) = make_keys(rng, 1)
+            taken = _answers(store.write([more], [memoryview(rng.randbytes(_LARGE))]))
+            kept = sum(_answers(store.contains(keys)))
+            must(
+                taken == [True] and kept == len(keys),
+                expected="a refused resize to leave the capacity as it was: one more frame fits",
+                got=f"write answered {taken}, and {kept} of {len(keys)} frames are left",
+            )
+            store.release(keys[:8])
+
+    def test_resize_is_for_everybody(
+        self, target: Target, capabilities: StoreCapabilities, tmp_path: Path, rng: random.Random
+    ) -> None:
+        """Resizes, shared: the new capacity is every instance's, those opened before and after."""
+        needs(capabilities.resizes, "resizes")
+        needs(capabilities.shared, "shared")
+        written: list[BlockKey] = []
+
+        def fill(writer: BlockStore, opened: str) -> None:
+            written.extend(more := make_keys(rng, 20))
+            for key in more:
+                writer.write([key], [memoryview(rng.randbytes(_LARGE))])
+            self._must_be_within(writer, written, _CAPACITY // 4, f"when an instance that was opened {opened} writes")
+
+        with _medium(target, tmp_path, rng) as (store, keys, _), _small(target, tmp_path) as before:
+            written.extend(keys)
+            must_equal("resize of 1 MiB to 256 KiB", store.resize(_CAPACITY // 4), True)
+            fill(before, "before")
+            with _small(target, tmp_path) as after:
+                fill(after, "after")
+            store.resize(_CAPACITY)
+
+    def test_resize_ends_with_its_last_user(
+        self, target: Target, store: BlockStore, capabilities: StoreCapabilities, tmp_path: Path, rng: random.Random
+    ) -> None:
+        """Resizes: once nobody uses the medium any more, what is configured applies again."""
+        needs(capabilities.resizes, "resizes")
+        store.close()
+        with _medium(target, tmp_path, rng) as (small, keys, _):
+            must_equal("resize of 1 MiB to 256 KiB", small.resize(_CAPACITY // 4), True)
+        with _small(target, tmp_path) as again:
+            write_all(again, keys, [rng.randbytes(_LARGE) for _ in keys])
+            kept = sum(_answers(again.contains(keys)))
+            must_equal("frames kept of 20 by a new instance with capacity=1MiB", kept, 20)
+
+    def test_undeclared_resize_is_refused(self, store: BlockStore, capabilities: StoreCapabilities) -> None:
+        """Without `resizes`, `resize` raises UnsupportedError."""
+        needs(not capabilities.resizes, "(resizes is declared)")
+        must_refuse("resize", lambda: store.resize(1 << 40))
+
+    @staticmethod
+    def _must_be_within(store: BlockStore, keys: Sequence[BlockKey], limit: int, when: str) -> None:
+        kept = sum(read_one(store, key, _LARGE) is not None for key in keys)
+        must(
+            0 < kept * _LARGE <= limit,
+            expected=f"some frames, and at most {limit} bytes of them, {when}",
+            got=f"{kept} frames of 40,000 bytes",
+        )
 
     def test_capacity_is_kept(self, target: Target, tmp_path: Path, rng: random.Random) -> None:
         """With an option `capacity`, no more than that is kept, and the newest frames still find room."""
@@ -419,6 +585,23 @@ def _small(target: Target, folder: Path) -> Iterator[BlockStore]:
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def _medium(
+    target: Target, folder: Path, rng: random.Random
+) -> Iterator[tuple[BlockStore, list[BlockKey], list[bytes]]]:
+    """Open an instance whose medium has room for 1 MiB and keeps 20 frames."""
+    if not _has_capacity(target):
+        not_shown(f"{target.name} has no option named capacity")
+    with _small(target, folder) as store:
+        keys, frames = make_keys(rng, 20), [rng.randbytes(_LARGE) for _ in range(20)]
+        write_all(store, keys, frames)
+        yield store, keys, frames
+
+
+def _answers(found: Sequence[bool]) -> list[bool]:
+    return [bool(each) for each in found]
 
 
 def _difference(found: bytes, frame: bytes) -> str:

@@ -1,6 +1,7 @@
 """Stores that are right but for one mistake, and the right ones that they are made from.
 
-`FolderStore` is the first of those; what scans, holds, evicts or is called by several threads derives from it.
+`FolderStore` is the first of those; what scans, evicts or is called by several threads derives from it. Those that hold
+and resize are in `holds`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from kvconnect.testing.store import StoreTests
 __all__ = [
     "CappedFolderStore",
     "FolderStore",
-    "HoldingFolderStore",
     "KeepingFolderStore",
     "ScanningFolderStore",
     "ThreadedFolderStore",
@@ -154,28 +154,6 @@ class CappedFolderStore(FolderStore):
 
     def may_go(self, path: Path) -> bool:
         return True
-
-
-class HoldingFolderStore(CappedFolderStore):
-    """Keeps what is held when it makes room."""
-
-    capabilities = StoreCapabilities(durable=True, shared=True, holds=True)
-
-    def __init__(self, options: Any, context: Any) -> None:
-        super().__init__(options, context)
-        self.held: dict[Path, float] = {}
-
-    def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
-        there = self.contains(keys)
-        self.held |= {self.name(key): time.monotonic() + ttl_s for key, found in zip(keys, there, strict=True) if found}
-        return there
-
-    def release(self, keys: Sequence[BlockKey]) -> None:
-        for key in keys:
-            self.held.pop(self.name(key), None)
-
-    def may_go(self, path: Path) -> bool:
-        return self.held.get(path, 0.0) < time.monotonic()
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -490,39 +468,6 @@ class ScansNothing(FolderStore):
 
     def scan(self) -> Iterator[BlockKey]:
         return iter(())
-
-
-@mutant(StoreTests.test_held_keys_stay, "hold must keep a key from eviction")
-class EvictsWhatIsHeld(HoldingFolderStore):
-    """Says that it holds, and evicts all the same."""
-
-    def may_go(self, path: Path) -> bool:
-        return True
-
-
-@mutant(StoreTests.test_held_keys_stay, "hold of a present and an absent key")
-class HoldsWhatIsNotThere(HoldingFolderStore):
-    """Says that it holds keys which it does not have."""
-
-    def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
-        super().hold(keys, ttl_s)
-        return [True] * len(keys)
-
-
-@mutant(StoreTests.test_undeclared_hold_is_refused, "hold to raise UnsupportedError")
-class HoldsNothing(FolderStore):
-    """Says that it holds, which it does not declare."""
-
-    def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
-        return [True] * len(keys)
-
-
-@mutant(StoreTests.test_undeclared_hold_is_refused, "release to raise UnsupportedError")
-class ReleasesNothing(FolderStore):
-    """Lets go of what it has never held."""
-
-    def release(self, keys: Sequence[BlockKey]) -> None:
-        pass
 
 
 @mutant(StoreTests.test_capacity_is_kept, "at most 1 MiB.*evict or decline")

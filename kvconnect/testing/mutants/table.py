@@ -8,5 +8,17 @@ from kvconnect.testing.mutants.base import MUTANTS
 
 __all__ = ["MUTANTS"]
 
-for _name in ("keys", "offers", "loads", "saves", "life", "engines", "stores", "halves", "imports_torch", "faults"):
+for _name in (
+    "keys",
+    "offers",
+    "loads",
+    "saves",
+    "life",
+    "engines",
+    "stores",
+    "holds",
+    "halves",
+    "imports_torch",
+    "faults",
+):
     importlib.import_module(f"kvconnect.testing.mutants.{_name}")  # each registers its own
