@@ -101,7 +101,8 @@ class TierTraffic:
                     if entry.state is State.PROMOTING:  # another request's promotion serves this one too
                         request.promoting.add(entry)
                     continue
-                entry = self._index.reserve(block_hash, group, State.PROMOTING)
+                parent = hashes[ordinal - 1] if ordinal else None
+                entry = self._index.reserve(block_hash, group, State.PROMOTING, parent, *request.priority_of(ordinal))
                 if entry is None:
                     self.no_slot += len(request.wanted) - position
                     if request.parked:  # it has pages and time: the next round will ask again
