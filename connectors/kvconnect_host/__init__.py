@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvconnect.options import ByteSize, Options, Secret
 from kvconnect.protocol import Capabilities, Connector, LeaderContext, WorkerContext, hookimpl
+from kvconnect.protocol.retention import check_priority
 
 if TYPE_CHECKING:
     from kvconnect.leader import OffloadLeader
@@ -28,12 +29,23 @@ class HostOptions(Options, frozen=True):
             everyone who shares it.
         load_policy: ``always`` loads what the stores have; ``cost`` computes what they would take longer to bring, by
             the measured rates of stores and prefill.
+        min_priority: 0 to 100; blocks of requests that want less for them are not saved (TensorRT-LLM's
+            ``secondary_offload_min_priority``).
     """
 
     capacity: ByteSize = ByteSize("2GiB")
     reserve: ByteSize = ByteSize(0)
     key_secret: Secret = Secret("")
     load_policy: Literal["always", "cost"] = "always"
+    min_priority: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: If `min_priority` is none.
+        """
+        check_priority("min_priority", self.min_priority)
 
 
 class HostConnector(Connector):
@@ -53,7 +65,12 @@ class HostConnector(Connector):
         """Make the offload leader."""
         from kvconnect.leader import OffloadLeader  # late: listing connectors needs no leader
 
-        return OffloadLeader(context, key_secret=options.key_secret.encode(), load_policy=options.load_policy)
+        return OffloadLeader(
+            context,
+            key_secret=options.key_secret.encode(),
+            load_policy=options.load_policy,
+            min_priority=options.min_priority,
+        )
 
     def make_worker(self, options: HostOptions, context: WorkerContext) -> OffloadWorker:
         """Make one rank's offload worker."""

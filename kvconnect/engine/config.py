@@ -64,7 +64,9 @@ class KVCacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         if self.host_min_priority > 100:
             raise ConfigError(f"host_min_priority must lie in [0, 100], not {self.host_min_priority}")
         if ByteSize(self.host_cache_bytes) and not self.enable_block_reuse:
-            raise ConfigError("enable_block_reuse=False leaves nothing to do for host_cache_bytes; leave one of them out")
+            raise ConfigError(
+                "enable_block_reuse=False leaves nothing to do for host_cache_bytes; leave one of them out"
+            )
         if ByteSize(self.reserve_host_bytes) and not ByteSize(self.host_cache_bytes):
             raise ConfigError("reserve_host_bytes needs host_cache_bytes: there is no host memory to grow")
 

@@ -142,9 +142,7 @@ class EngineCore:
         self.manager = KVCacheManager(
             cache, leader, enable_block_reuse=enable_block_reuse, enable_partial_reuse=enable_partial_reuse
         )
-        self.scheduler = Scheduler(
-            self.manager, leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs
-        )
+        self.scheduler = Scheduler(self.manager, leader, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
         self.num_unwritten = 0
         self._leader = leader
         self._workers = workers

@@ -1,8 +1,8 @@
 """The engine's KV cache manager: what a request finds, what it gets, and in which order a batch is given it.
 
 A batch is admitted in two phases. First every request claims what it matches, on the device and through the leader's
-`claim_match`; nothing is allocated, loaded or evicted. Then each is given its pages. So nothing that one request counted
-on is evicted for its neighbour, and a step computes what was estimated, never more (TensorRT-LLM's addSequenceBatch).
+`claim_match`; nothing is allocated, loaded or evicted. Then each is given its pages. So nothing that one request
+counted on is evicted for its neighbour, and a step computes what was estimated, never more.
 """
 
 from __future__ import annotations
@@ -144,8 +144,7 @@ class KVCacheManager:
         claims: list[_Claim] = []
         admitted: list[Admission] = []
         try:
-            for candidate in batch:
-                claims.append(self._claim(candidate))
+            claims.extend(map(self._claim, batch))
             while claims:
                 admission = self._admit(claims[0])
                 if admission is None and len(claims) > 1:
@@ -207,9 +206,10 @@ class KVCacheManager:
                 page = pool.find(request.chain.hashes[block])
                 pool.hold(page)
                 pages[group].append(page)
-                if request.params.retention is not None:
-                    rank = request.params.retention.of_block(block, size, request.num_prompt_tokens)
-                    pool.set_priority(page, *rank)
+                retention = request.params.retention
+                said = retention and retention.said_of_block(block, size, request.num_prompt_tokens)
+                if said:
+                    pool.set_priority(page, *said)
         claim = _Claim(candidate, estimate, pages)
         try:
             self._hold_partial(claim)

@@ -23,7 +23,7 @@ from kvconnect.protocol import (
     longest_match,
 )
 
-__all__ = ["NO_PAGE", "KVGeometry", "LayerCache", "PartialMatch", "PagedCache"]
+__all__ = ["NO_PAGE", "KVGeometry", "LayerCache", "PagedCache", "PartialMatch"]
 
 
 class KVGeometry(NamedTuple):

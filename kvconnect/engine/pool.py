@@ -55,9 +55,7 @@ class PagePool:
         listener: Told of named blocks, if there is one.
     """
 
-    def __init__(
-        self, num_pages: int, *, sliding: bool = False, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, num_pages: int, *, sliding: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         """Start with every page free.
 
         Args:

@@ -86,7 +86,9 @@ class Sequence:
             raise ConfigError(f"{self.request_id} is {self.status}; only a suspended request can be prefetched")
         if not CacheLevel.HOST <= level < len(self._names):
             known = ", ".join(f"{number} ({name})" for number, name in enumerate(self._names) if number)
-            raise ConfigError(f"there is no level {int(level)} to prefetch to; levels: {known}. `resume` goes to the device")
+            raise ConfigError(
+                f"there is no level {int(level)} to prefetch to; levels: {known}. `resume` goes to the device"
+            )
         if not self._request.num_computed:
             return True
         return self._core.prefetch(self._request, level)

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 
 from kvconnect.leader.index import Entry
 from kvconnect.leader.request import RequestState
-from kvconnect.protocol import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent, RequestView
+from kvconnect.protocol import (
+    DEFAULT_PRIORITY,
+    BlocksRemoved,
+    BlocksStored,
+    BlocksUpdated,
+    CacheCleared,
+    CacheEvent,
+    RequestView,
+)
 from kvconnect.protocol.keys import BlockHash
 
 __all__ = ["EventLog"]
@@ -16,11 +24,10 @@ _MAX_BLOCKS = 1 << 16
 
 
 class _Run:
-    """Consecutive blocks of one sequence that were stored one after the other."""
+    """Consecutive blocks of one sequence that were stored one after the other, with one priority."""
 
-    def __init__(self, group: int, tier: int, parent: BlockHash | None) -> None:
-        self.group = group
-        self.tier = tier
+    def __init__(self, group: int, tier: int, priority: int, parent: BlockHash | None) -> None:
+        self.kind = (group, tier, priority)
         self.parent = parent
         self.hashes: list[BlockHash] = []
         self.tokens: list[int] = []
@@ -43,7 +50,7 @@ class EventLog:
         self.num_lost = 0
         self._block_size = block_size
         self._names = ("host", *tier_names)
-        self._events: list[_Run | BlocksRemoved | CacheCleared] = []
+        self._events: list[_Run | BlocksRemoved | BlocksUpdated | CacheCleared] = []
         self._num_blocks = 0
 
     def keeps_tokens(self, request: RequestView) -> bool:
@@ -63,11 +70,25 @@ class EventLog:
             return
         parent, tokens = entry.content
         run = self._events[-1] if self._events else None
-        if not isinstance(run, _Run) or (run.group, run.tier) != (entry.group, tier) or run.hashes[-1] != parent:
-            run = _Run(entry.group, tier, parent)
+        kind = (entry.group, tier, DEFAULT_PRIORITY if tier else entry.priority)
+        if not isinstance(run, _Run) or run.kind != kind or run.hashes[-1] != parent:
+            run = _Run(*kind, parent)
             self._events.append(run)
         run.hashes.append(entry.block_hash)
         run.tokens += tokens
+
+    def updated(self, entry: Entry) -> None:
+        """Say that a block of the arena has another priority."""
+        if self.enabled and entry.content is not None and self._has_room():
+            self._events.append(
+                BlocksUpdated(
+                    block_hashes=(entry.block_hash,),
+                    group=entry.group,
+                    tier=0,
+                    tier_name=self._names[0],
+                    priority=entry.priority,
+                )
+            )
 
     def removed(self, entry: Entry, tier: int = 0) -> None:
         """Say that a block cannot be loaded from a tier any more."""
@@ -88,14 +109,16 @@ class EventLog:
         return [self._told(event) if isinstance(event, _Run) else event for event in events]
 
     def _told(self, run: _Run) -> BlocksStored:
+        group, tier, priority = run.kind
         return BlocksStored(
             block_hashes=tuple(run.hashes),
             parent_hash=run.parent,
             tokens=run.tokens,
             block_size=self._block_size,
-            group=run.group,
-            tier=run.tier,
-            tier_name=self._names[run.tier],
+            group=group,
+            tier=tier,
+            tier_name=self._names[tier],
+            priority=priority,
         )
 
     def _has_room(self) -> bool:

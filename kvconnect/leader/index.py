@@ -5,20 +5,24 @@ A slot's life:
     free ──reserve──► RESERVED (a save fills it) ─┬─commit──► READY ──evict──► free
                       PROMOTING (a store fills it)┘  └─void──► GONE ──last release──► free
 
-Only READY blocks match. Only READY blocks without claims are evicted, least recently used first. A slot that a hung
-store call may still touch is quarantined: it is nobody's until that call returns.
+Only READY blocks match. Only READY blocks without claims are evicted, in the order of `kvconnect.eviction`. A slot that
+a hung store call may still touch is quarantined: it is nobody's until that call returns.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from kvconnect.eviction import EvictionQueue
 from kvconnect.protocol.keys import BlockHash
+from kvconnect.protocol.retention import DEFAULT_PRIORITY
 
-__all__ = ["BlockIndex", "Entry", "State"]
+__all__ = ["BlockIndex", "Entry", "NewBlock", "State"]
 
 
 class State(IntEnum):
@@ -43,12 +47,34 @@ class Entry:
         failed: Whether one of them said that it failed.
         source: Tier that it is promoted from, -1 for none.
         content: Its parent's hash and its tokens, for events; None if nobody listens.
+        key: Its group and its content name.
+        priority: With which it is kept; lower ones are evicted first.
+        duration_s: Seconds for which it has that, None for ever.
+        until: Monotonic time at which its priority becomes the default; inf for never, and while it is not READY.
     """
 
-    __slots__ = ("block_hash", "claims", "content", "failed", "group", "slot", "source", "state", "waiting")
+    __slots__ = (
+        "block_hash",
+        "claims",
+        "content",
+        "duration_s",
+        "failed",
+        "group",
+        "key",
+        "priority",
+        "slot",
+        "source",
+        "state",
+        "until",
+        "waiting",
+    )
 
-    def __init__(self, block_hash: BlockHash, group: int, slot: int, state: State) -> None:
+    def __init__(
+        self, key: tuple[int, BlockHash], slot: int, state: State, priority: int, duration_s: float | None
+    ) -> None:
         """Make the entry of a slot that was just taken."""
+        group, block_hash = key
+        self.key = key
         self.block_hash = block_hash
         self.group = group
         self.slot = slot
@@ -58,13 +84,35 @@ class Entry:
         self.failed = False
         self.source = -1
         self.content: tuple[BlockHash | None, tuple[int, ...]] | None = None
+        self.priority = priority
+        self.duration_s = duration_s
+        self.until = math.inf
+
+
+class NewBlock(NamedTuple):
+    """A block that needs a slot.
+
+    Attributes:
+        block_hash: Its content name.
+        group: Its layer group.
+        parent: The block before it, None if it begins its sequence.
+        rank: Priority, and the seconds for which it has it.
+    """
+
+    block_hash: BlockHash
+    group: int
+    parent: BlockHash | None
+    rank: tuple[int, float | None]
 
 
 class Watcher(Protocol):
-    """Who is told when a block becomes loadable from the arena, and when it is no longer."""
+    """Who is told when a block becomes loadable from the arena, when its priority changes, and when it is gone."""
 
     def stored(self, entry: Entry) -> None:
         """It is READY."""
+
+    def updated(self, entry: Entry) -> None:
+        """It is READY, and has another priority."""
 
     def removed(self, entry: Entry) -> None:
         """It was READY."""
@@ -73,18 +121,35 @@ class Watcher(Protocol):
 class BlockIndex:
     """Blocks by (layer group, hash) and by slot."""
 
-    def __init__(self, num_groups: int, num_slots: int, watcher: Watcher | None = None) -> None:
-        """Start with every slot free."""
+    def __init__(
+        self,
+        windows: Sequence[int | None],
+        num_slots: int,
+        watcher: Watcher | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start with every slot free.
+
+        Args:
+            windows: Each layer group's sliding window in tokens, None for full attention, where a block is of no use
+                without those before it.
+            num_slots: The smallest arena's.
+            watcher: Who is told.
+            clock: Monotonic seconds.
+        """
         self.num_slots = num_slots
         self._watcher = watcher
+        self._windows = windows
+        self._clock = clock
         self._num_in: Counter[State] = Counter()
         self._num_claimed = 0
         self.num_evicted = 0
-        self._groups: list[dict[BlockHash, Entry]] = [{} for _ in range(num_groups)]
-        self._ready: list[set[BlockHash]] = [set() for _ in range(num_groups)]
+        self._groups: list[dict[BlockHash, Entry]] = [{} for _ in windows]
+        self._ready: list[set[BlockHash]] = [set() for _ in windows]
         self._by_slot: dict[int, Entry] = {}
         self._free = list(range(num_slots - 1, -1, -1))  # popped from the end: low slots first, so runs are contiguous
-        self._evictable: OrderedDict[int, Entry] = OrderedDict()  # by slot, least recently used first
+        self._evictable: EvictionQueue[tuple[int, BlockHash]] = EvictionQueue(clock=clock)
         self._quarantined: dict[int, int] = {}  # slot -> ranks whose call hangs
         self._retired: list[int] = []  # not used since the last `resize`
 
@@ -119,23 +184,43 @@ class BlockIndex:
         """Slots that `reserve` could take now."""
         return len(self._free) + len(self._evictable)
 
-    def reserve(self, block_hash: BlockHash, group: int, state: State) -> Entry | None:
-        """Take a slot for a block that has none, evicting the least recently used block if there is no free one.
+    def reserve(
+        self,
+        block_hash: BlockHash,
+        group: int,
+        state: State,
+        parent: BlockHash | None,
+        priority: int = DEFAULT_PRIORITY,
+        duration_s: float | None = None,
+    ) -> Entry | None:
+        """Take a slot for a block that has none, evicting a block if there is no free one.
+
+        Args:
+            block_hash: The block.
+            group: Its layer group.
+            state: `RESERVED` or `PROMOTING`.
+            parent: The block before it, None if it begins its sequence.
+            priority: With which it will be kept.
+            duration_s: Seconds from when it becomes READY until that is the default again, None for ever.
 
         Returns:
             The new entry, without claims; None if every slot is claimed or on its way.
         """
+        key = (group, block_hash)
+        # before anything is evicted: its parent is the last that should go
+        self._evictable.enter(key, None if parent is None or self._windows[group] else (group, parent))
         while not self._free:  # more than once only if a victim's slot is quarantined
             if not self._evict():
+                self._evictable.leave(key)
                 return None
-        entry = Entry(block_hash, group, self._free.pop(), state)
+        entry = Entry(key, self._free.pop(), state, priority, duration_s)
         self._groups[group][block_hash] = entry
         self._by_slot[entry.slot] = entry
         self._num_in[state] += 1
         return entry
 
-    def reserve_all(self, blocks: Sequence[tuple[int, BlockHash]], state: State) -> list[Entry] | None:
-        """Take slots for blocks, (group, hash), that have none; all of them or, with nothing changed, none (None).
+    def reserve_all(self, blocks: Sequence[NewBlock], state: State) -> list[Entry] | None:
+        """Take slots for blocks that have none; all of them or, with nothing changed, none (None).
 
         What was evicted for a list that did not fit after all stays evicted.
         """
@@ -143,8 +228,8 @@ class BlockIndex:
             return None
         entries: list[Entry] = []
         try:
-            for group, block_hash in blocks:
-                entry = self.reserve(block_hash, group, state)
+            for block in blocks:
+                entry = self.reserve(block.block_hash, block.group, state, block.parent, *block.rank)
                 if entry is None:
                     break
                 entries.append(entry)
@@ -179,10 +264,35 @@ class BlockIndex:
         """Make the block matchable: its bytes are in the slot on every rank."""
         self._move(entry, State.READY)
         self._ready[entry.group].add(entry.block_hash)
+        if entry.duration_s is not None:
+            entry.until = self._clock() + entry.duration_s
         if not entry.claims:
-            self._evictable[entry.slot] = entry
+            self._evictable.offer(entry.key, entry.priority, entry.until)
         if self._watcher is not None:
             self._watcher.stored(entry)
+
+    def set_priority(self, entry: Entry, priority: int, duration_s: float | None) -> None:
+        """Keep a block that is being used with another priority; one without claims becomes the most recently used.
+
+        Args:
+            entry: The block.
+            priority: The new one.
+            duration_s: Seconds from now, or from when it becomes READY, until it is the default again; None for ever.
+        """
+        if entry.state is State.GONE:
+            return
+        old = entry.priority
+        entry.priority, entry.duration_s = priority, duration_s
+        if entry.state is not State.READY:
+            return
+        now = self._clock()
+        if entry.until <= now:
+            old = DEFAULT_PRIORITY
+        entry.until = math.inf if duration_s is None else now + duration_s
+        if not entry.claims:
+            self._evictable.offer(entry.key, priority, entry.until)
+        if priority != old and self._watcher is not None:
+            self._watcher.updated(entry)
 
     def void(self, entry: Entry) -> None:
         """Forget the block; its slot is free once nothing claims it."""
@@ -191,8 +301,8 @@ class BlockIndex:
         if self._groups[entry.group].get(entry.block_hash) is entry:
             del self._groups[entry.group][entry.block_hash]
             self._ready[entry.group].discard(entry.block_hash)
+            self._evictable.leave(entry.key)
         self._move(entry, State.GONE)
-        self._evictable.pop(entry.slot, None)
         if not entry.claims:
             self._free_slot(entry)
 
@@ -200,7 +310,8 @@ class BlockIndex:
         """Keep the block's slot as it is until the matching `release`."""
         entry.claims += 1
         self._num_claimed += entry.claims == 1
-        self._evictable.pop(entry.slot, None)
+        if entry.state is not State.GONE:  # else the name may be another entry's by now
+            self._evictable.withdraw(entry.key)
 
     def release(self, entry: Entry) -> None:
         """Undo one `claim`; a READY block becomes the most recently used."""
@@ -208,7 +319,7 @@ class BlockIndex:
         if entry.claims == 0:
             self._num_claimed -= 1
             if entry.state is State.READY:
-                self._evictable[entry.slot] = entry
+                self._evictable.offer(entry.key, entry.priority, entry.until)
             elif entry.state is State.GONE:
                 self._free_slot(entry)
 
@@ -271,8 +382,15 @@ class BlockIndex:
             ready = entry.state is State.READY
             assert known is False or (entry.block_hash in self._ready[entry.group]) == ready, "readiness is wrong"
             evictable = ready and entry.claims == 0
-            assert (self._evictable.get(slot) is entry) == evictable, "a block is wrongly evictable or wrongly not"
-        assert set(self._evictable) <= held, "an evictable slot holds nothing"
+            assert not known or (entry.key in self._evictable) == evictable, (
+                "a block is wrongly evictable or wrongly not"
+            )
+            assert entry.until == math.inf or (entry.duration_s and entry.state >= State.READY), (
+                "a priority reverts wrongly"
+            )
+        present = {entry.key for group in self._groups for entry in group.values()}
+        assert self._evictable.present == present, "a block that went still counts as somebody's child, or one does not"
+        self._evictable.check_integrity()
         states = Counter(entry.state for entry in self._by_slot.values())
         assert all(states[state] == self._num_in[state] for state in State), "states are counted wrongly"
         claimed = sum(entry.claims > 0 for entry in self._by_slot.values())
@@ -282,14 +400,15 @@ class BlockIndex:
 
     def _evict(self) -> bool:
         """Forget one block that nobody claims; its slot is free unless it is quarantined. False if there is none."""
-        if not self._evictable:
+        victim = self._evictable.pop()
+        if victim is None:
             return False
-        _, victim = self._evictable.popitem(last=False)
-        self._forget(victim)
+        self._forget(self._groups[victim[0]][victim[1]])
         self.num_evicted += 1
         return True
 
     def _forget(self, entry: Entry) -> None:
+        self._evictable.leave(entry.key)
         del self._groups[entry.group][entry.block_hash]
         self._ready[entry.group].discard(entry.block_hash)
         self._move(entry, State.GONE)

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ from kvconnect.protocol import (
     SchedulerOutput,
 )
 from kvconnect.protocol.messages import unpack_ints
+from kvconnect.protocol.retention import check_priority
 from kvconnect.store import blocks_a_call
 
 __all__ = ["OffloadLeader"]
@@ -58,7 +59,13 @@ class OffloadLeader(Leader):
     """Index, planner and policies of the arena and the stores below it."""
 
     def __init__(
-        self, context: LeaderContext, *, key_secret: bytes = b"", load_policy: Literal["always", "cost"] = "always"
+        self,
+        context: LeaderContext,
+        *,
+        key_secret: bytes = b"",
+        load_policy: Literal["always", "cost"] = "always",
+        min_priority: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open the stores for lookups; offer nothing before the handshake.
 
@@ -66,15 +73,20 @@ class OffloadLeader(Leader):
             context: What the engine and the configuration say.
             key_secret: Keys the block hashes, see `BlockChain`.
             load_policy: ``always`` loads what is there; ``cost`` leaves in the stores what is faster to compute.
+            min_priority: Blocks of a lower priority are not saved.
+            clock: Monotonic seconds, for priorities that hold for a time.
 
         Raises:
-            ConfigError: If the secret is too long.
+            ConfigError: If the secret is too long, or the priority is none.
             KVConnectError: If a store cannot be opened.
         """
         BlockChain(1, secret=key_secret)  # a secret that cannot key the hash is refused here, not at every request
         self._context = context
         self._secret = key_secret
         self._load_policy = load_policy
+        check_priority("min_priority", min_priority)
+        self._min_priority = min_priority
+        self._clock = clock
         self._epoch = b""
         self._off = "no handshake yet"
         self._requests: dict[str, RequestState] = {}
@@ -115,13 +127,16 @@ class OffloadLeader(Leader):
         self._events = EventLog(
             self._block_size, [tier.name for tier in tiers], enabled=self._context.engine.takes_events
         )
-        self._index = BlockIndex(len(groups), reserved, self._events if self._events.enabled else None)
+        windows = [group.window or None for group in groups]
+        watcher = self._events if self._events.enabled else None
+        self._index = BlockIndex(windows, reserved, watcher, clock=self._clock)
         if num_slots < reserved:
             self._index.resize(num_slots)
         self._traffic = TierTraffic(self._index, self._presence, tiers, self._context.num_ranks, self._events)
-        windows = [group.window or None for group in groups]
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
-        self._saves = SavePlanner(self._index, self._block_size, self._counts, self._events)
+        self._saves = SavePlanner(
+            self._index, self._block_size, self._counts, self._events, min_priority=self._min_priority
+        )
         self._suspended = Suspensions(
             self._index,
             self._traffic,
@@ -233,7 +248,7 @@ class OffloadLeader(Leader):
             for group, table in enumerate(block_ids):
                 for ordinal in range(state.first, end):
                     if table[ordinal] >= 0:
-                        state.loads.append(self._claim(state.chain, group, ordinal, table[ordinal]))
+                        state.loads.append(self._claim(state, state.chain, group, ordinal, table[ordinal]))
             self._counts["blocks_offered_and_taken"] += end - state.first
         self._index.release_chain(held)
         self.release_match(request)
@@ -505,12 +520,13 @@ class OffloadLeader(Leader):
             state.loads_below = bool(chosen)
         return chosen
 
-    def _claim(self, chain: BlockChain, group: int, ordinal: int, block_id: int) -> PlannedLoad:
+    def _claim(self, state: RequestState, chain: BlockChain, group: int, ordinal: int, block_id: int) -> PlannedLoad:
         block_hash = chain.hashes[ordinal]
         entry = self._index.get(group, block_hash)
         if entry is None or entry.state is not State.READY:
             return PlannedLoad(None, block_hash, group, ordinal, block_id)
         self._index.claim(entry)
+        state.retain(self._index, entry, ordinal)
         return PlannedLoad(entry, block_hash, group, ordinal, block_id)
 
     def _plan_loads(self, draft: PlanDraft) -> None:

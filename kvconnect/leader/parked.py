@@ -68,6 +68,7 @@ class ParkedLoad:
             entry = index.get(block.group, block_hash)
             if entry is not None and entry.state is State.READY and first_bad is None:
                 index.claim(entry)
+                self.request.retain(index, entry, block.ordinal)
                 loads.append(PlannedLoad(entry, block_hash, block.group, block.ordinal, block.page))
                 continue
             tier = traffic.tier_of(block.group, block_hash)

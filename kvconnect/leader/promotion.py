@@ -116,7 +116,8 @@ class TierTraffic:
                     if entry.state is State.PROMOTING:  # another request's promotion serves this one too
                         request.promoting.add(entry)
                     continue
-                entry = self._index.reserve(block_hash, group, State.PROMOTING)
+                wanted = request.new_block(group, ordinal)
+                entry = self._index.reserve(block_hash, group, State.PROMOTING, wanted.parent, *wanted.rank)
                 if entry is None:
                     self.no_slot += len(request.wanted) - position
                     if request.parked:  # it has pages and time: the next round will ask again
@@ -129,13 +130,13 @@ class TierTraffic:
         self._wanting.clear()
         return moves
 
-    def bring(self, blocks: Sequence[tuple[int, int, BlockHash]], request: RequestState) -> bool:
-        """Take slots for blocks, (tier, group, hash), that the next plan promotes: all of them, or none (False).
+    def bring(self, blocks: Sequence[tuple[int, int, int]], request: RequestState) -> bool:
+        """Take slots for blocks, (tier, group, ordinal), that the next plan promotes: all of them, or none (False).
 
         They are claimed by nobody when they arrive.
         """
-        blocks = sorted(blocks, key=lambda block: block[:2])  # one batch a tier and layer group
-        entries = self._index.reserve_all([(group, name) for _, group, name in blocks], State.PROMOTING)
+        blocks = sorted(blocks)  # one batch a tier and layer group
+        entries = self._index.reserve_all([request.new_block(*block[1:]) for block in blocks], State.PROMOTING)
         if entries is None:
             return False
         self._brought += [

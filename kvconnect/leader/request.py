@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Sequence
 
 from kvconnect.errors import UnsupportedError
-from kvconnect.leader.index import BlockIndex, Entry
-from kvconnect.protocol import BlockChain, BlockHash, RequestView
+from kvconnect.leader.index import BlockIndex, Entry, NewBlock
+from kvconnect.protocol import DEFAULT_PRIORITY, BlockChain, BlockHash, RequestView
 
 __all__ = ["PlannedLoad", "PlannedSave", "RequestState"]
 
@@ -43,6 +43,8 @@ class RequestState:
         tokens: Those that the chain was given, if events tell of them; else empty.
         reads: Whether it may load.
         writes: Whether it may save.
+        retention: What it wants of its blocks, None if it says nothing.
+        num_prompt_tokens: How many of its tokens are the prompt.
         first: Block from which the last offer counted.
         next_save: First block that was not yet considered for saving; None before it was scheduled.
         num_voided: Steps whose saves were void and considered once more.
@@ -77,12 +79,14 @@ class RequestState:
         "loads_below",
         "looked_up",
         "next_save",
+        "num_prompt_tokens",
         "num_voided",
         "parked",
         "planned_tokens",
         "promoting",
         "reads",
         "request_id",
+        "retention",
         "stopped",
         "suspended",
         "tokens",
@@ -106,6 +110,8 @@ class RequestState:
         self.tokens = array("I", request.tokens if self._keeps_tokens else ())
         self.reads = chain is not None and request.cache in ("both", "read")
         self.writes = chain is not None and request.cache in ("both", "write")
+        self.retention = request.retention
+        self.num_prompt_tokens = request.num_prompt_tokens
         self.first = 0
         self.next_save: int | None = None
         self.num_voided = 0
@@ -148,6 +154,25 @@ class RequestState:
     def hash_of(self, group: int, ordinal: int) -> BlockHash:
         """Return the name of one of its blocks."""
         return self.suspended.get((group, ordinal)) or self.hashes[ordinal]
+
+    def new_block(self, group: int, ordinal: int) -> NewBlock:
+        """Describe one of its blocks that needs a slot."""
+        before = self.hashes[ordinal - 1 : ordinal] if ordinal else []
+        parent = self.suspended.get((group, ordinal - 1)) or (before[0] if before else None)
+        return NewBlock(self.hash_of(group, ordinal), group, parent, self.priority_of(ordinal))
+
+    def priority_of(self, ordinal: int) -> tuple[int, float | None]:
+        """Return the priority of a new block, and the seconds for which it has it, None for ever."""
+        if self.retention is None or self.chain is None:
+            return DEFAULT_PRIORITY, None
+        return self.retention.of_block(ordinal, self.chain.block_size, self.num_prompt_tokens)
+
+    def retain(self, index: BlockIndex, entry: Entry, ordinal: int) -> None:
+        """Give a block that the request uses, and another one brought, the priority that the request says, if any."""
+        if self.retention is not None and self.chain is not None:
+            said = self.retention.said_of_block(ordinal, self.chain.block_size, self.num_prompt_tokens)
+            if said is not None:
+                index.set_priority(entry, *said)
 
     def save_again(self, ordinal: int) -> None:
         """Consider blocks from `ordinal` on once more: what was saved of them is void. Not for ever."""

@@ -34,8 +34,19 @@ class _Ended:
 class SavePlanner:
     """Reserves slots for blocks that steps fill."""
 
-    def __init__(self, index: BlockIndex, block_size: int, counts: Counter[str], events: EventLog) -> None:
-        """Plan into the slots of `index`; `counts` gets ``save_blocks`` and ``saves_without_slot``."""
+    def __init__(
+        self, index: BlockIndex, block_size: int, counts: Counter[str], events: EventLog, *, min_priority: int = 0
+    ) -> None:
+        """Plan into the slots of `index`.
+
+        Args:
+            index: Whose slots.
+            block_size: Tokens a block.
+            counts: Gets ``save_blocks``, ``saves_without_slot`` and ``saves_below_priority``.
+            events: Told which tokens a block holds.
+            min_priority: Blocks of a lower priority are not saved.
+        """
+        self._min_priority = min_priority
         self._index = index
         self._events = events
         self._block_size = block_size
@@ -112,16 +123,26 @@ class SavePlanner:
         if start >= end:
             return
         planned = draft.begin_saves(state)
+        parent = hashes[start - 1] if start else None
         for ordinal in range(start, end):
             block_hash = hashes[ordinal]
+            priority, duration_s = state.priority_of(ordinal)
             for group, table in enumerate(tables):
-                if table[ordinal] < 0 or self._index.get(group, block_hash) is not None:
+                if table[ordinal] < 0:
                     continue
-                entry = self._index.reserve(block_hash, group, State.RESERVED)
+                entry = self._index.get(group, block_hash)
+                if entry is not None:
+                    state.retain(self._index, entry, ordinal)
+                    continue
+                if priority < self._min_priority:
+                    self._counts["saves_below_priority"] += 1
+                    continue
+                entry = self._index.reserve(block_hash, group, State.RESERVED, parent, priority, duration_s)
                 if entry is None:
                     self._counts["saves_without_slot"] += 1
                     continue
                 self._events.remember(entry, state, ordinal)
                 planned.append((entry, ordinal))
                 draft.save(state, entry, table[ordinal], ordinal)
+            parent = block_hash
         self._counts["save_blocks"] += len(planned)

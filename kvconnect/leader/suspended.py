@@ -4,8 +4,8 @@ A suspended block is claimed in the arena, or held in a store below it, so that 
 
     page ──save──► arena, claimed ──demote, hold──► arena and held in a store ──evict──► held in a store
 
-Only stores that can hold take part; without one the blocks stay claimed in the arena. What a chain names keeps its name,
-so that others may load it; a partial block, and any block of a request that must not be shared, has a private one.
+Only stores that can hold take part; without one the blocks stay claimed in the arena. What a chain names keeps its
+name, so that others may load it; a partial block, and any block of a request that must not be shared, has a private one.
 """
 
 from __future__ import annotations
@@ -129,21 +129,12 @@ class Suspensions:
             for ordinal, page in enumerate(table[: -(-num_tokens // self._block_size)])
             if page >= 0
         ]
-        for block in blocks:  # claimed before room is made for the others
-            if block.entry is not None:
-                self._index.claim(block.entry)
+        state.suspended = {(block.group, block.ordinal): block.block_hash for block in blocks}
         missing = [block for block in blocks if not block.planned]
-        entries = self._index.reserve_all([block.name for block in missing], State.RESERVED)
-        if entries is None:
-            for block in blocks:
-                if block.entry is not None:
-                    self._index.release(block.entry)
+        if not self._take_slots(state, blocks, missing):
+            state.suspended = {}
             return False
-        for block, entry in zip(missing, entries, strict=True):
-            self._index.claim(entry)
-            block.entry = entry
         for block in blocks:
-            state.suspended[block.group, block.ordinal] = block.block_hash
             if state.below.get(block.name) == block.held_in >= 0:
                 del state.below[block.name]  # its hold goes on under the block
             self._blocks[block.name].append(block)
@@ -152,6 +143,23 @@ class Suspensions:
             if block.planned and block.entry is not None:
                 self._secure(block)
         return True
+
+    def _take_slots(self, state: RequestState, blocks: Sequence[_Block], missing: Sequence[_Block]) -> bool:
+        """Claim what is in the arena, then take slots for the rest and claim them; False with nothing changed."""
+        there = [block.entry for block in blocks if block.entry is not None]
+        for entry in there:  # before room is made for the others
+            self._index.claim(entry)
+        entries: list[Entry] | None = None
+        try:
+            wanted = [state.new_block(block.group, block.ordinal) for block in missing]
+            entries = self._index.reserve_all(wanted, State.RESERVED)
+        finally:
+            for entry in there if entries is None else ():
+                self._index.release(entry)
+        for block, entry in zip(missing, entries or (), strict=entries is not None):
+            self._index.claim(entry)
+            block.entry = entry
+        return entries is not None
 
     def plan(self, draft: PlanDraft) -> None:
         """Save the pages of requests that were suspended since the last plan, or whose saves came to nothing."""
@@ -163,7 +171,10 @@ class Suspensions:
                 if block.planned:
                     continue
                 if block.entry is None:  # the step that had its save failed, and the page is still there
-                    block.entry = self._index.reserve(block.block_hash, block.group, State.RESERVED)
+                    wanted = each.state.new_block(block.group, block.ordinal)
+                    block.entry = self._index.reserve(
+                        wanted.block_hash, wanted.group, State.RESERVED, wanted.parent, *wanted.rank
+                    )
                     if block.entry is None:
                         continue
                     self._index.claim(block.entry)
@@ -215,7 +226,7 @@ class Suspensions:
         for entry in ready:  # making room must not push out what is up already
             self._index.claim(entry)
         try:
-            moves = [(block.held_in, block.group, block.block_hash) for block in wanted]
+            moves = [(block.held_in, block.group, block.ordinal) for block in wanted]
             if not self._traffic.bring(moves, each.state):
                 return False
             for block in wanted:

@@ -2,7 +2,7 @@
 
 from kvconnect.protocol.capabilities import Capabilities, EngineCapabilities, check_fit
 from kvconnect.protocol.connector import Connector, LeaderContext, WorkerContext
-from kvconnect.protocol.events import BlocksRemoved, BlocksStored, CacheCleared, CacheEvent
+from kvconnect.protocol.events import BlocksRemoved, BlocksStored, BlocksUpdated, CacheCleared, CacheEvent
 from kvconnect.protocol.hookspecs import LeaderHooks, RegistrationHooks, WorkerHooks, hookimpl, hookspec
 from kvconnect.protocol.identity import (
     adapter_digest,
@@ -24,6 +24,7 @@ from kvconnect.protocol.keys import (
 )
 from kvconnect.protocol.layout import KVCacheLayout, LayerGroup, Region, first_needed_block, longest_match
 from kvconnect.protocol.messages import Handshake, LoadError, Move, PackedMoves, Plan, Report
+from kvconnect.protocol.retention import DEFAULT_PRIORITY, Retention, TokenRange
 from kvconnect.protocol.types import (
     PROTOCOL_VERSION,
     CacheUse,
@@ -35,12 +36,14 @@ from kvconnect.protocol.types import (
 )
 
 __all__ = [
+    "DEFAULT_PRIORITY",
     "PROTOCOL_VERSION",
     "BlockChain",
     "BlockHash",
     "BlockKey",
     "BlocksRemoved",
     "BlocksStored",
+    "BlocksUpdated",
     "CacheCleared",
     "CacheEvent",
     "CacheUse",
@@ -64,8 +67,10 @@ __all__ = [
     "RegistrationHooks",
     "Report",
     "RequestView",
+    "Retention",
     "ScheduledRequest",
     "SchedulerOutput",
+    "TokenRange",
     "WorkerContext",
     "WorkerHooks",
     "adapter_digest",

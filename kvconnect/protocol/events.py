@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import msgspec
 
 from kvconnect.protocol.keys import BlockHash
+from kvconnect.protocol.retention import DEFAULT_PRIORITY
 
-__all__ = ["BlocksRemoved", "BlocksStored", "CacheCleared", "CacheEvent"]
+__all__ = ["BlocksRemoved", "BlocksStored", "BlocksUpdated", "CacheCleared", "CacheEvent"]
 
 
 class BlocksStored(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +27,7 @@ class BlocksStored(msgspec.Struct, frozen=True, kw_only=True):
         group: Their layer group.
         tier: 0 for host memory, then the stores in the order given.
         tier_name: ``"host"``, or the store's name.
+        priority: With which they are kept there; stores keep all alike.
     """
 
     block_hashes: tuple[BlockHash, ...]
@@ -35,6 +37,7 @@ class BlocksStored(msgspec.Struct, frozen=True, kw_only=True):
     group: int
     tier: int
     tier_name: str
+    priority: int = DEFAULT_PRIORITY
 
 
 class BlocksRemoved(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,9 +56,27 @@ class BlocksRemoved(msgspec.Struct, frozen=True, kw_only=True):
     tier_name: str
 
 
+class BlocksUpdated(msgspec.Struct, frozen=True, kw_only=True):
+    """Blocks that a request wants kept with another priority. That one reverts after its time is not told.
+
+    Attributes:
+        block_hashes: Their content names.
+        group: Their layer group.
+        tier: 0 for host memory, then the stores in the order given.
+        tier_name: ``"host"``, or the store's name.
+        priority: The new one.
+    """
+
+    block_hashes: tuple[BlockHash, ...]
+    group: int
+    tier: int
+    tier_name: str
+    priority: int
+
+
 class CacheCleared(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing that was stored before can be loaded by this engine any more: its cache was reset."""
 
 
-CacheEvent = BlocksStored | BlocksRemoved | CacheCleared
+CacheEvent = BlocksStored | BlocksRemoved | BlocksUpdated | CacheCleared
 """What `take_events` gives out."""

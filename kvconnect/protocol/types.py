@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from kvconnect.protocol.keys import MediaSpan
+from kvconnect.protocol.retention import Retention
 
 __all__ = ["PROTOCOL_VERSION", "CacheUse", "Finished", "Match", "RequestView", "ScheduledRequest", "SchedulerOutput"]
 
@@ -57,6 +58,8 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
         media: What fills positions that are not plain tokens.
         cache: What the request may do with the cache.
         uncacheable: Why this request must not be cached (something in it that no key covers), ``""`` if it may.
+        retention: Which of its blocks to keep longer or to give up sooner than others; None if it says nothing. It
+            changes no token: a connector may ignore it.
     """
 
     request_id: str
@@ -67,6 +70,7 @@ class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     media: tuple[MediaSpan, ...] = ()
     cache: CacheUse = "both"
     uncacheable: str = ""
+    retention: Retention | None = None
 
 
 class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):

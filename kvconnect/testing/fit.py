@@ -144,7 +144,7 @@ class FitTests(Kit):
                 must_equal("events for an engine that does not listen", events, [])
                 return
             strange = [event for event in events if not isinstance(event, CacheEvent)]
-            must(not strange, expected="BlocksStored, BlocksRemoved or CacheCleared", got=f"{strange[:1]}")
+            must(not strange, expected="an event of the protocol", got=f"{strange[:1]}")
             stored = [event for event in events if isinstance(event, BlocksStored)]
             if not stored:
                 not_shown("it tells of no events")

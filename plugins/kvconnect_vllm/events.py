@@ -16,6 +16,8 @@ __all__ = ["to_vllm_events"]
 def to_vllm_events(events: Sequence[Any]) -> list[Any]:
     """Translate what a leader's `take_events` gave; what is no event of the protocol is left out.
 
+    So is `BlocksUpdated`, for vLLM has no event of priorities.
+
     The hashes are ours: with the parent's hash and the tokens in the event, a subscriber can follow a prefix, under any
     engine and in any process.
     """

@@ -25,6 +25,7 @@ _COUNTERS = {
         "load_blocks_missing": "blocks that were offered and gone before they could be loaded",
         "load_errors": "blocks that could not be loaded and were computed",
         "saves_without_slot": "blocks not saved because the arena was full of blocks in use",
+        "saves_below_priority": "blocks not saved because their requests want too little for them",
         "evicted_blocks": "blocks that left the arena for others",
         "promoted_blocks": "blocks brought up from stores",
         "promote_failures": "blocks that a store was believed to hold and did not bring, or not whole",

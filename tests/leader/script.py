@@ -40,13 +40,17 @@ class Script:
         tiers: Sequence[Tier] = (),
         windows: Sequence[int] = (0,),
         can_ask_again: bool = True,
+        events: bool = False,
+        **options: Any,
     ) -> None:
-        engine = EngineCapabilities(can_ask_again=can_ask_again, load_errors="block", reports=True, handshake=True)
+        engine = EngineCapabilities(
+            can_ask_again=can_ask_again, load_errors="block", reports=True, handshake=True, takes_events=events
+        )
         namespace = Namespace(model="id:m", kv_dtype="float32")
         self.ranks = ranks
         self.groups = len(windows)
         self.leader = OffloadLeader(
-            LeaderContext(namespace=namespace, engine=engine, num_ranks=ranks, tiers=tuple(tiers))
+            LeaderContext(namespace=namespace, engine=engine, num_ranks=ranks, tiers=tuple(tiers)), **options
         )
         self.shake([slots] * ranks, windows)
         self.step = 1
@@ -108,9 +112,9 @@ class Script:
             padding[rank] = reports[0]
             self.leader.update_connector_output(padding)
 
-    def save(self, name: str, tokens: Sequence[int]) -> Plan:
+    def save(self, name: str, tokens: Sequence[int], **fields: Any) -> Plan:
         """Run one whole request; what it computed is committed when this returns."""
-        view = self.arrive(name, tokens)
+        view = self.arrive(name, tokens, **fields)
         plan = self.plan((view, 0, len(tokens)))
         self.report(plan)
         self.leader.request_finished(view, [])

@@ -1,5 +1,9 @@
-"""The index against a model of it: in whatever order, no slot is lost, shared, or freed while claimed."""
+"""The index against a model of it: in whatever order, no slot is lost, shared, or freed while claimed.
 
+Blocks of group 0 stand on one another, two on each; group 1 has a window.
+"""
+
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,30 +13,68 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.protocol import BlockHash
+from tests.test_eviction import Clock
 
 SLOTS = 5
+WANTS = st.tuples(st.sampled_from([35, 35, 10, 80]), st.sampled_from([None, None, 1.0, 3.0]))
 
 
 def name(number: int) -> BlockHash:
     return BlockHash(number.to_bytes(32, "big"))
 
 
+def number_of(entry: Entry) -> int:
+    return int.from_bytes(entry.block_hash, "big")
+
+
+def parent_of(number: int | None) -> int | None:
+    return (number - 1) // 2 if number else None
+
+
 class IndexMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.index = BlockIndex(2, SLOTS)
+        self.clock = Clock()
+        self.index = BlockIndex((None, 4), SLOTS, clock=self.clock)
         self.entries: list[Entry] = []
         self.claims: list[Entry] = []
         self.used: list[Entry] = []  # READY and unclaimed, least recently used first
+        self.wants: dict[Entry, tuple[int, float]] = {}  # priority, and until when
+        self.duration: dict[Entry, float | None] = {}
         self.quarantined: list[int] = []
 
-    @rule(number=st.integers(0, 8), group=st.integers(0, 1), state=st.sampled_from([State.RESERVED, State.PROMOTING]))
-    def reserve(self, number: int, group: int, state: State) -> None:
+    def victims(self, coming: int | None) -> list[Entry]:
+        """Return what has to go, in order, until a slot is free for block `coming` of group 0."""
+        present = [e for e in self.entries if e.state is not State.GONE]
+        left = list(self.used)
+        gone: list[Entry] = []
+
+        def rank(entry: Entry) -> tuple[bool, int, int]:
+            needing = [coming, *(number_of(e) for e in present if e.group == 0 and e not in gone)]
+            needed = entry.group == 0 and number_of(entry) in [parent_of(number) for number in needing]
+            priority, until = self.wants[entry]
+            return needed, priority if self.clock.now < until else 35, self.used.index(entry)
+
+        while left and (not gone or gone[-1].slot in self.quarantined):
+            gone.append(min(left, key=rank))
+            left.remove(gone[-1])
+        return gone
+
+    @rule(
+        number=st.integers(0, 8),
+        group=st.integers(0, 1),
+        state=st.sampled_from([State.RESERVED, State.PROMOTING]),
+        wants=WANTS,
+    )
+    def reserve(self, number: int, group: int, state: State, wants: tuple[int, float | None]) -> None:
         if self.index.get(group, name(number)) is not None:
             return
         free = self.index.num_free
-        expected = next((e for e in self.used if e.slot not in self.quarantined), None)
-        entry = self.index.reserve(name(number), group, state)
+        victims = [] if free else self.victims(None if group else number)
+        expected = next((e for e in victims if e.slot not in self.quarantined), None)
+        parent = parent_of(number)
+        entry = self.index.reserve(name(number), group, state, None if parent is None else name(parent), *wants)
+        assert all(e.state is State.GONE for e in victims), "another block went than the one to go first"
         if free:
             assert entry is not None
             assert all(e.state is State.READY for e in self.used)
@@ -40,12 +82,14 @@ class IndexMachine(RuleBasedStateMachine):
             assert entry is None
         else:
             assert entry is not None
-            assert entry.slot == expected.slot, "another than the least recently used block went"
+            assert entry.slot == expected.slot, "more than one block went for it"
         self.used = [e for e in self.used if e.state is not State.GONE]
         if entry is not None:
             assert entry.slot not in self.quarantined
             assert all(e.slot != entry.slot for e in self.claims)
             self.entries.append(entry)
+            self.duration[entry] = wants[1]
+            self.wants[entry] = (wants[0], math.inf)
 
     def pick(self, data: st.DataObject, wanted: Callable[[Entry], bool]) -> Entry | None:
         fitting = [entry for entry in self.entries if wanted(entry)]
@@ -56,9 +100,26 @@ class IndexMachine(RuleBasedStateMachine):
         entry = self.pick(data, lambda e: e.state in (State.RESERVED, State.PROMOTING))
         if entry is not None:
             self.index.commit(entry)
+            self.wants[entry] = (self.wants[entry][0], self.clock.now + (self.duration[entry] or math.inf))
             assert self.index.get(entry.group, entry.block_hash) is entry
             if not entry.claims:
                 self.used.append(entry)
+
+    @rule(data=st.data(), wants=WANTS)
+    def set_priority(self, data: st.DataObject, wants: tuple[int, float | None]) -> None:
+        entry = self.pick(data, lambda e: True)
+        if entry is not None:
+            self.index.set_priority(entry, *wants)
+            ready = entry.state is State.READY
+            self.wants[entry] = (wants[0], self.clock.now + (wants[1] or math.inf) if ready else math.inf)
+            self.duration[entry] = wants[1]
+            if entry in self.used:
+                self.used.remove(entry)
+                self.used.append(entry)
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now += seconds
 
     @rule(data=st.data())
     def void(self, data: st.DataObject) -> None:
@@ -115,22 +176,22 @@ TestIndex = IndexMachine.TestCase
 
 
 def test_end_of_a_sequence_is_evicted_before_its_beginning() -> None:
-    index = BlockIndex(1, 3)
+    index = BlockIndex((None,), 3)
     entries = []
     for number in range(3):
-        entry = index.reserve(name(number), 0, State.RESERVED)
+        entry = index.reserve(name(number), 0, State.RESERVED, None)
         assert entry is not None
         index.claim(entry)
         index.commit(entry)
         entries.append(entry)
     index.release_chain(entries)
     for number in (2, 1, 0):
-        index.reserve(name(100 + number), 0, State.RESERVED)
+        index.reserve(name(100 + number), 0, State.RESERVED, None)
         assert index.get(0, name(number)) is None
 
 
 @pytest.mark.parametrize("state", [State.RESERVED, State.PROMOTING])
 def test_slot_on_its_way_is_never_evicted(state: State) -> None:
-    index = BlockIndex(1, 1)
-    assert index.reserve(name(0), 0, state) is not None
-    assert index.reserve(name(1), 0, State.RESERVED) is None
+    index = BlockIndex((None,), 1)
+    assert index.reserve(name(0), 0, state, None) is not None
+    assert index.reserve(name(1), 0, State.RESERVED, None) is None
