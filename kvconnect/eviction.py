@@ -148,7 +148,6 @@ class EvictionQueue(Generic[KeyT]):
         for key, record in self._offered.items():
             assert id(record) in records, "a block is offered and never comes up"
             assert key in self._num_children or not record[0], "a block waits for children that are gone"
-        assert len(self._heap) <= 2 * len(self._parents) + _SLACK + 1, "outdated records pile up"
 
     def _push(self, record: tuple[bool, int, int, KeyT]) -> None:
         self._offered[record[3]] = record

@@ -89,7 +89,7 @@ def test_bfloat16_runs_and_repeats_itself(llama: Any) -> None:
     prompt = list(range(1, 60))
     with LLM(make_model("llama"), dtype="bfloat16") as llm:
         first = llm.generate([prompt], PARAMS)[0]
-        assert llm.generate([prompt], PARAMS)[0].reused_tokens == 48
+        assert llm.generate([prompt], PARAMS)[0].reused_tokens == 58  # three blocks, and a part of the next
     assert len(first.token_ids) == 6
 
 
