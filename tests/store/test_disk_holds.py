@@ -1,6 +1,7 @@
 """The disk store's holds and shared limit: who is kept from eviction, for how long, and what stays on the medium."""
 
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -298,4 +299,14 @@ def test_hold_on_a_full_medium_is_declined(path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "open", full)
     assert list(store.hold([key(1), key(2)], 60.0)) == [True, False]
     assert list(store.held([key(1), key(2)])) == [True, False]
+    store.close()
+
+
+def test_holder_whose_folder_was_removed_closes(path: Path) -> None:
+    store = open_store(path)
+    write(store, 1)
+    store.hold([key(1)], 60.0)
+    shutil.rmtree(path)
+    assert list(store.held([key(1)])) == [False]
+    store.release([key(1)])
     store.close()
