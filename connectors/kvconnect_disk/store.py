@@ -123,7 +123,6 @@ class DiskStore(BlockStore):
             census = _Census(self._files(), self._folder)
             if census.held_bytes > num_bytes:
                 return False
-            self._full = None
             self._folder.limit = min(max(num_bytes, 1), 2**63)  # 0 would be none; no block fits into one byte
             census.evict(num_bytes - self._folder.on_their_way)
             return True
