@@ -89,8 +89,9 @@ class HoldRecords:
         """Live no longer; what is held stays so until its end."""
         if self._lock_fd < 0:
             return
-        if os.listdir(self._own) == [_LOCK]:
-            _remove(self._own)
+        with contextlib.suppress(OSError):  # somebody has removed the folder
+            if os.listdir(self._own) == [_LOCK]:
+                _remove(self._own)
         os.close(self._lock_fd)
         self._lock_fd = -1
 
@@ -132,7 +133,7 @@ def _end_of(path: str) -> int:
 
 def _unlink(paths: Iterable[str]) -> None:
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it is not there, or has to wait for its end
             os.unlink(path)
 
 

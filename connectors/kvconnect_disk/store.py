@@ -64,7 +64,7 @@ class DiskStore(BlockStore):
             None  # capacity, size and time of a write that holds left no room for
         )
         with self._folder.locked():
-            _Census(self._files(), self._folder).evict(self._capacity())
+            _Census(self._files(), self._folder).evict(self._folder.limit or self._options.capacity)
 
     def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """Look for each key's file."""
@@ -119,10 +119,10 @@ class DiskStore(BlockStore):
         if num_bytes < 0:
             raise ValueError(f"{num_bytes} bytes are no capacity")
         with self._folder.locked():
+            self._folder.remove_litter()
             census = _Census(self._files(), self._folder)
             if census.held_bytes > num_bytes:
                 return False
-            self._full = None
             self._folder.limit = min(max(num_bytes, 1), 2**63)  # 0 would be none; no block fits into one byte
             census.evict(num_bytes - self._folder.on_their_way)
             return True
@@ -192,15 +192,12 @@ class DiskStore(BlockStore):
         finally:
             os.close(fd)
 
-    def _capacity(self) -> int:
-        """Return how many bytes all processes together may keep. Under the lock."""
-        return self._folder.limit or self._options.capacity
-
     def _take_room(self, size: int) -> bool:
         """Account for `size` more bytes, evicting if they do not fit; False if they never will."""
         with self._folder.locked():
-            capacity = self._capacity()
-            if self._folder.published + self._folder.on_their_way + size > capacity:
+            published, on_their_way, limit = self._folder.accounts()
+            capacity = limit or self._options.capacity
+            if published + on_their_way + size > capacity:
                 self._folder.remove_litter()  # what the dead had booked is free again
                 if not self._make_room(size, capacity):
                     return False

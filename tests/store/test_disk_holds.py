@@ -1,6 +1,7 @@
 """The disk store's holds and shared limit: who is kept from eviction, for how long, and what stays on the medium."""
 
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable
@@ -78,6 +79,16 @@ def test_write_that_only_fits_by_evicting_what_is_held_is_declined_and_evicts_no
     store.close()
 
 
+def test_little_that_is_not_held_is_used(path: Path) -> None:
+    store = open_store(path, capacity=CAPACITY)
+    write(store, *range(38))
+    store.hold([key(n) for n in range(38)], 60.0)
+    assert all(write(store, *range(100, 120)))
+    assert list(store.contains([key(n) for n in range(38)])) == [True] * 38
+    assert used(path) <= CAPACITY
+    store.close()
+
+
 def test_release_and_remove_make_room_at_once(path: Path) -> None:
     store = open_store(path, capacity=ByteSize(20 * BLOCK))
     numbers = range(20)
@@ -89,7 +100,7 @@ def test_release_and_remove_make_room_at_once(path: Path) -> None:
     store.hold([key(n) for n in (*numbers, 100)], 60.0)
     assert write(store, 101, 102) == [True, False]
     store.remove([key(5), key(6), key(101)])
-    assert write(store, 102) == [True]
+    assert write(store, 102, 103, 104, 105) == [True] * 4  # into the room, then in place of one another
     assert not any(store.contains([key(0), key(1), key(5), key(6)]))
     store.close()
 
@@ -232,6 +243,8 @@ def test_refused_resize_changes_nothing(path: Path) -> None:
     assert two.resize(12 * BLOCK) is True
     assert sorted(one.scan()) == sorted(key(n) for n in range(12))
     assert write(one, 50) == [False]
+    assert two.resize(14 * BLOCK) is True
+    assert write(one, 50, 51, 52) == [True] * 3, "it goes by the size of a moment ago"
     with pytest.raises(ValueError, match="-1 bytes"):
         one.resize(-1)
     one.close()
@@ -298,4 +311,14 @@ def test_hold_on_a_full_medium_is_declined(path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(os, "open", full)
     assert list(store.hold([key(1), key(2)], 60.0)) == [True, False]
     assert list(store.held([key(1), key(2)])) == [True, False]
+    store.close()
+
+
+def test_holder_whose_folder_was_removed_closes(path: Path) -> None:
+    store = open_store(path)
+    write(store, 1)
+    store.hold([key(1)], 60.0)
+    shutil.rmtree(path)
+    assert list(store.held([key(1)])) == [False]
+    store.release([key(1)])
     store.close()

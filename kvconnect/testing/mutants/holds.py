@@ -180,7 +180,7 @@ class HoldsFromTheFirstTime(HoldingFolderStore):
             super().put(record, end)
 
 
-@mutant(StoreTests.test_hold_ends_after_its_time, "to be in force for its 0.3 s")
+@mutant(StoreTests.test_hold_ends_after_its_time, "to be in force for its 1 s")
 class HoldsForMilliseconds(HoldingFolderStore):
     """Takes seconds for milliseconds."""
 
