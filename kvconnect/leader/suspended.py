@@ -5,7 +5,7 @@ A suspended block is claimed in the arena, or held in a store below it, so that 
     page ──save──► arena, claimed ──demote, hold──► arena and held in a store ──evict──► held in a store
 
 Only stores that can hold take part; without one the blocks stay claimed in the arena. What a chain names keeps its
-name, so that others may load it; a partial block, and any block of a request that must not be shared, has a private one.
+name, so that others may load it; a partial block, and any block of a request that is not shared, has a private one.
 """
 
 from __future__ import annotations
