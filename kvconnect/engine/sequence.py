@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+
 from kvconnect.engine.config import CacheLevel
 from kvconnect.engine.core import EngineCore
 from kvconnect.engine.pool import NO_PAGE
