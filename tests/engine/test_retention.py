@@ -54,16 +54,22 @@ def test_lowest_priority_goes_first_then_the_least_recently_used() -> None:
     assert gone(pool, pages, blocks) == [2, 0, 3, 1]
 
 
-@pytest.mark.parametrize(("priority", "first"), [(80, "other"), (10, "this")])
-def test_priority_counts_for_its_time_and_is_the_default_one_then(priority: int, first: str) -> None:
-    for waited, went in [(4.0, first), (6.0, "older")]:
-        clock = iter([100.0, 100.0, *[100.0 + waited] * 10])
-        pool = PagePool(2, clock=clock.__next__)
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(("ranks", "before", "after"), [([80, 35], 1, 0), ([35, 10], 1, 0)])
+def test_priority_counts_for_its_time_and_is_the_default_one_then(ranks: list[int], before: int, after: int) -> None:
+    for waited, first in ((4.0, before), (6.0, after)):
+        clock = Clock()
+        pool = PagePool(2, clock=clock)
         blocks = [block(1), block(2)]
-        # of two blocks of the same priority the first one is the older
-        pages = cached(pool, (blocks[0], 35, None), (blocks[1], priority, 5.0))
-        expected = {"other": 0, "this": 1, "older": 0}[went]
-        assert gone(pool, pages, blocks)[0] == expected
+        pages = cached(pool, *((held, rank, 5.0) for held, rank in zip(blocks, ranks, strict=True)))
+        clock.now += waited
+        assert gone(pool, pages, blocks)[0] == first
 
 
 def test_block_that_another_continues_goes_after_it_whatever_its_priority() -> None:
