@@ -78,7 +78,8 @@ class ScheduledRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         request_id: As in its `RequestView`.
-        num_computed_tokens: Tokens whose KV is in the pages before this step, loaded ones included.
+        num_computed_tokens: Tokens whose KV is in the pages before this step: found on the device, whole blocks or the
+            first part of one, loaded, or computed.
         num_scheduled_tokens: Tokens that this step computes, from there on. With an engine that plans ahead the last of
             them may be one that nobody knows yet: then they reach beyond `num_tokens`. Drafts of speculative decoding
             that may still be rejected do not count; those that were accepted are computed tokens of the next step.

@@ -230,7 +230,12 @@ def _schedule(script: Script) -> None:
             ):  # else it goes on in its pages
                 _check_allocation(part, allocated.get(part.request_id), size)
                 if part.request_id not in failed and part.request_id in loaded:
-                    must_equal(f"the first position of {part.request_id}", part.computed, loaded[part.request_id])
+                    start = loaded[part.request_id]
+                    must(  # an engine may have copied a part of the next block from a page of its own
+                        start <= part.computed < start + size,
+                        expected=f"the first position of {part.request_id} to be {start}, or in the block that begins there",
+                        got=str(part.computed),
+                    )
             _check_part(script, part, told, reached, loaded, size)
             known[part.request_id][part.num_tokens - len(part.new_tokens) :] = part.new_tokens
 
