@@ -1,17 +1,26 @@
 """Load and save the paged KV cache of any LLM engine through connectors that anyone can write.
 
 The leader decides, the worker moves, the engine calls both through one protocol. Importing this package imports no
-torch: `Leader`, `LLM`, `SamplingParams` and `Worker` are loaded when they are first asked for.
+torch: `Leader`, `Worker`, `LLM` and what goes with it are loaded when they are first asked for.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from kvconnect.options import ByteSize, Options, Secret, specs_from_toml
-from kvconnect.protocol import Capabilities, Connector, EngineCapabilities, LeaderContext, WorkerContext, hookimpl
+from kvconnect.protocol import (
+    Capabilities,
+    Connector,
+    EngineCapabilities,
+    LeaderContext,
+    Retention,
+    TokenRange,
+    WorkerContext,
+    hookimpl,
+)
 from kvconnect.store import BlockStore, StoreCapabilities, StoreContext, WrapperStore
 
 if TYPE_CHECKING:
-    from kvconnect.engine import LLM, SamplingParams
+    from kvconnect.engine import LLM, CacheLevel, KVCacheConfig, SamplingParams
     from kvconnect.leader import Leader
     from kvconnect.worker import Worker
 
@@ -19,16 +28,20 @@ __all__ = [
     "LLM",
     "BlockStore",
     "ByteSize",
+    "CacheLevel",
     "Capabilities",
     "Connector",
     "EngineCapabilities",
+    "KVCacheConfig",
     "Leader",
     "LeaderContext",
     "Options",
+    "Retention",
     "SamplingParams",
     "Secret",
     "StoreCapabilities",
     "StoreContext",
+    "TokenRange",
     "Worker",
     "WorkerContext",
     "WrapperStore",
@@ -38,6 +51,8 @@ __all__ = [
 
 _LAZY = {
     "LLM": "kvconnect.engine",
+    "CacheLevel": "kvconnect.engine",
+    "KVCacheConfig": "kvconnect.engine",
     "SamplingParams": "kvconnect.engine",
     "Leader": "kvconnect.leader",
     "Worker": "kvconnect.worker",

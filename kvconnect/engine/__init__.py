@@ -5,12 +5,13 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvconnect.engine.config import CacheLevel, KVCacheConfig
 from kvconnect.engine.request import RequestOutput, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from kvconnect.engine.llm import LLM
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "TokenOutput"]
+__all__ = ["LLM", "CacheLevel", "KVCacheConfig", "RequestOutput", "SamplingParams", "TokenOutput"]
 
 
 def __getattr__(name: str) -> Any:
