@@ -5,12 +5,23 @@
 
 from typing import TYPE_CHECKING, Any
 
+from kvconnect.engine.config import KVCacheConfig
+from kvconnect.engine.events import EventFollower, EventSnapshot, NumberedEvent
 from kvconnect.engine.request import RequestOutput, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from kvconnect.engine.llm import LLM
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "TokenOutput"]
+__all__ = [
+    "LLM",
+    "EventFollower",
+    "EventSnapshot",
+    "KVCacheConfig",
+    "NumberedEvent",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenOutput",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
 from kvconnect.engine.config import KVCacheConfig
 from kvconnect.engine.core import ENGINE_CAPABILITIES, EngineCore
+from kvconnect.engine.events import EventSnapshot, NumberedEvent
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
@@ -114,7 +115,10 @@ class LLM:
                 [cache.layout(rank, num_ranks) for rank in range(num_ranks)],
                 namespace=loaded.namespace,
                 engine=msgspec.structs.replace(
-                    ENGINE_CAPABILITIES, async_load=async_load, max_batch_tokens=max_batch_tokens
+                    ENGINE_CAPABILITIES,
+                    async_load=async_load,
+                    max_batch_tokens=max_batch_tokens,
+                    takes_events=config.event_buffer_max_size > 0,
                 ),
             )
         self._core = EngineCore(
@@ -128,6 +132,7 @@ class LLM:
             async_scheduling=async_scheduling,
             enable_block_reuse=config.enable_block_reuse,
             enable_partial_reuse=config.enable_partial_reuse,
+            max_events=config.event_buffer_max_size,
         )
         self._config = config
         names = ("device", "host", *self._leader.tier_names) if self._leader is not None else ("device",)
@@ -293,6 +298,29 @@ class LLM:
             stats["leader"] = self._leader.get_stats()
             stats["workers"] = [worker.get_stats() for worker in self._workers]
         return stats
+
+    def take_events(self) -> list[NumberedEvent]:
+        """Return what came, went or changed its priority since the last call, on the device and below; each once.
+
+        Their numbers have no holes unless more than `KVCacheConfig.event_buffer_max_size` came between two calls: then
+        the oldest are gone, and `snapshot_events` is where to begin anew. `EventFollower` does both. Empty if that size
+        is 0.
+        """
+        return self._core.take_events()
+
+    def snapshot_events(self) -> EventSnapshot:
+        """Return what can be found on the device now, and the number that the next event will have.
+
+        What lies in host memory and in stores is not in it: no hook enumerates that, and a listener must take it as
+        unknown until it is told of. Events that were not taken yet stay; they have lower numbers.
+
+        Raises:
+            ConfigError: If no events are kept.
+        """
+        snapshot = self._core.snapshot_events()
+        if snapshot is None:
+            raise ConfigError("no events are kept; give KVCacheConfig(event_buffer_max_size=...)")
+        return snapshot
 
     def reset_prefix_cache(self) -> None:
         """Forget full pages on the device; the connector keeps what it has."""

@@ -185,6 +185,7 @@ class KVCacheManager:
                 full,
                 num_prompt_tokens=request.num_prompt_tokens,
                 retention=request.params.retention,
+                salted=request.params.cache_salt is not None,
             )
         request.num_named = full
         self.cache.release_stale(request.tables, num_tokens)

@@ -249,12 +249,13 @@ class PagedCache:
         *,
         num_prompt_tokens: int = 0,
         retention: Retention | None = None,
+        salted: bool = False,
     ) -> None:
         """Make blocks ``[start, end)`` of a sequence findable: they are full and right."""
         size = self.block_size
         for block in range(start, end):
             parent = chain.hashes[block - 1] if block else chain.root
-            held = CachedBlock(chain.hashes[block], parent, tuple(tokens[block * size : (block + 1) * size]))
+            held = CachedBlock(chain.hashes[block], parent, tuple(tokens[block * size : (block + 1) * size]), salted)
             rank = retention.of_block(block, size, num_prompt_tokens) if retention else (DEFAULT_PRIORITY, None)
             for pool, table in zip(self.pools, tables, strict=True):
                 if table[block] != NO_PAGE:

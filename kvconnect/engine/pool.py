@@ -26,11 +26,13 @@ class CachedBlock(NamedTuple):
         block_hash: Its content name.
         parent: Of the block before it; the chain's root for the first one.
         tokens: Its own, for partial reuse and events.
+        salted: Whether the hash depends on more than the tokens: then they and the parent do not say what it is.
     """
 
     block_hash: BlockHash
     parent: BlockHash
     tokens: Sequence[int]
+    salted: bool = False
 
 
 class PoolListener(Protocol):
@@ -100,6 +102,11 @@ class PagePool:
         """Return the page that holds a block, `NO_PAGE` if none does."""
         return self._page_of.get(block_hash, NO_PAGE)
 
+    def priority_of(self, block_hash: BlockHash) -> int:
+        """Return the priority that counts now of a block that can be found."""
+        priority, until = self._ranks[self._page_of[block_hash]]
+        return priority if until > self._clock() else DEFAULT_PRIORITY
+
     def continuing(self, parent: BlockHash) -> list[tuple[int, CachedBlock]]:
         """Return the named pages whose block comes right behind `parent`."""
         return [(page, self._blocks[page]) for page in self._continuing.get(parent, ())]
@@ -154,9 +161,7 @@ class PagePool:
 
     def set_priority(self, page: int, priority: int, duration_s: float | None) -> None:
         """Give a named, held page the priority that its new user asks for; the duration counts from now."""
-        known, until = self._ranks[page]
-        if until <= self._clock():
-            known = DEFAULT_PRIORITY
+        known = self.priority_of(self._blocks[page].block_hash)
         self._ranks[page] = (priority, self._until(duration_s))
         if priority != known and self.listener is not None:
             self.listener.updated(self._blocks[page], priority)
