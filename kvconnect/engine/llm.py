@@ -18,6 +18,7 @@ from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
 from kvconnect.engine.config import KVCacheConfig
 from kvconnect.engine.core import ENGINE_CAPABILITIES, EngineCore
 from kvconnect.engine.events import EventSnapshot, NumberedEvent
+from kvconnect.engine.levels import level_stats
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
@@ -282,7 +283,13 @@ class LLM:
             self._core.step()
 
     def get_stats(self) -> dict[str, Any]:
-        """Return the engine's counters, and the leader's and the workers' under their names."""
+        """Return the engine's counters, and the leader's and the workers' under their names.
+
+        ``blocks`` adds up what `RequestOutput.blocks` says of each request; ``dropped`` is of the device's pages.
+        ``levels`` says of the device, of host memory and of each store, by name, what was loaded from it, saved to it,
+        dropped from it for other blocks, is used now and fits into it, in blocks and bytes of all layer groups and
+        ranks; None where nobody knows, as of what a store drops and holds.
+        """
         scheduler, totals = self._core.scheduler, self._core.manager.totals
         dropped = sum(pool.num_evicted for pool in self._core.cache.pools)
         stats: dict[str, Any] = {
@@ -297,6 +304,8 @@ class LLM:
         if self._leader is not None:
             stats["leader"] = self._leader.get_stats()
             stats["workers"] = [worker.get_stats() for worker in self._workers]
+        leader, workers = stats.get("leader", {}), stats.get("workers", ())
+        stats["levels"] = level_stats(self._level_names, self._core.manager, leader, workers)
         return stats
 
     def take_events(self) -> list[NumberedEvent]:

@@ -54,6 +54,7 @@ class PagePool:
     Attributes:
         num_pages: How many there are, those that a resize has put away included.
         num_evicted: Cached pages that were handed out for something else.
+        num_named: Times that a page became findable.
         listener: Told of named blocks, if there is one.
     """
 
@@ -67,6 +68,7 @@ class PagePool:
         """
         self.num_pages = num_pages
         self.num_evicted = 0
+        self.num_named = 0
         self.listener: PoolListener | None = None
         self._clock = clock
         self._free = list(range(num_pages - 1, -1, -1))
@@ -87,6 +89,11 @@ class PagePool:
     def num_held(self) -> int:
         """Pages that sequences hold."""
         return sum(count > 0 for count in self._holders)
+
+    @property
+    def num_used(self) -> int:
+        """Pages that are held or cached."""
+        return self.num_usable - len(self._free)
 
     @property
     def num_usable(self) -> int:
@@ -156,6 +163,7 @@ class PagePool:
         self._continuing.setdefault(block.parent, []).append(page)
         self._queue.enter(block.block_hash, block.parent)
         self._ranks[page] = (priority, self._until(duration_s))
+        self.num_named += 1
         if self.listener is not None:
             self.listener.stored(block, priority)
 
