@@ -6,6 +6,7 @@ What a step is, and when each hook is called, is in `kvconnect.engine.core`.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from kvconnect.errors import Closed, ConfigError
 from kvconnect.options import ByteSize, ConnectorConfig, ConnectorSpec, parse_specs, specs_from_environment
 
 __all__ = ["LLM"]
+
+logger = logging.getLogger(__name__)
 
 _DRAIN_S = 30.0
 
@@ -136,6 +139,7 @@ class LLM:
             max_events=config.event_buffer_max_size,
         )
         self._config = config
+        self._warned_of_retention = False
         names = ("device", "host", *self._leader.tier_names) if self._leader is not None else ("device",)
         self._level_names = tuple(names)
         self._ids = itertools.count()
@@ -382,6 +386,9 @@ class LLM:
             raise ConfigError("a prompt needs at least one token")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and this model has none; give stop_token_ids")
+        if params.retention is not None and not self._config.enable_block_reuse and not self._warned_of_retention:
+            self._warned_of_retention = True
+            logger.warning("retention has no effect: enable_block_reuse is off")
         if min(prompt) < 0 or max(prompt) >= self._vocab_size:
             raise ConfigError(f"prompt token ids must lie in [0, {self._vocab_size})")
         total = len(prompt) + params.max_tokens

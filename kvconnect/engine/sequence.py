@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from typing import Literal
 
 from kvconnect.engine.config import CacheLevel
 from kvconnect.engine.core import EngineCore
@@ -12,9 +11,7 @@ from kvconnect.engine.pool import NO_PAGE
 from kvconnect.engine.request import EngineRequest
 from kvconnect.errors import ConfigError, UnsupportedError
 
-__all__ = ["Sequence", "SequenceStatus"]
-
-SequenceStatus = Literal["waiting", "running", "loading", "suspended", "finished"]
+__all__ = ["Sequence"]
 
 
 class Sequence:
@@ -38,8 +35,11 @@ class Sequence:
         self._names = level_names
 
     @property
-    def status(self) -> SequenceStatus:
-        """Where the request stands; `loading` until what `resume`, or an asynchronous load, brings back is there."""
+    def status(self) -> str:
+        """``"waiting"``, ``"running"``, ``"loading"``, ``"suspended"`` or ``"finished"``.
+
+        It loads until what `resume`, or an asynchronous load, brings back is there.
+        """
         scheduler = self._core.scheduler
         if self.request_id in scheduler.suspended:
             return "suspended"

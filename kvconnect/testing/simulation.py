@@ -28,7 +28,7 @@ from kvconnect.testing.harness import SHAPES
 from kvconnect.testing.promise import BrokenPromise, must
 from kvconnect.testing.target import ENGINE, Target
 
-__all__ = ["Setting", "make_prompts", "simulate"]
+__all__ = ["ContentRunner", "Setting", "make_prompts", "simulate"]
 
 _PAGE_BYTES = 4096
 _VOCABULARY = 97
@@ -80,10 +80,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         return num_blocks * self.num_ranks * -(-(HEADER_BYTES + payload) // _PAGE_BYTES) * _PAGE_BYTES
 
 
-class _Runner:
+class ContentRunner:
     """Computes KV without a model: the next token, and every byte, follow from the tokens before."""
 
     def __init__(self, pages: Pages, workers: Sequence[WorkerDriver]) -> None:
+        """Compute into `pages`, and call the workers before and after each layer."""
         self._pages = pages
         self._workers = workers
         self.wrong: dict[str, str] = {}  # request -> the first wrong bytes that it read
@@ -142,7 +143,7 @@ def simulate(target: Target, seed: int, setting: Setting, prompts: Sequence[Sequ
         ),
         on_failure=lambda hook, error: failures.append(f"{hook}: {error!r}"),
     )
-    runner = _Runner(pages, workers)
+    runner = ContentRunner(pages, workers)
     core = EngineCore(
         runner,
         cache,
@@ -172,7 +173,7 @@ class _Run:
     """One engine's life in a simulation."""
 
     def __init__(
-        self, core: EngineCore, runner: _Runner, rng: random.Random, setting: Setting, patience_s: float
+        self, core: EngineCore, runner: ContentRunner, rng: random.Random, setting: Setting, patience_s: float
     ) -> None:
         self.loaded = 0
         self._patience_s = patience_s

@@ -40,11 +40,18 @@ class Script:
         tiers: Sequence[Tier] = (),
         windows: Sequence[int] = (0,),
         can_ask_again: bool = True,
+        sync_load: bool = True,
         events: bool = False,
         **options: Any,
     ) -> None:
         engine = EngineCapabilities(
-            can_ask_again=can_ask_again, load_errors="block", reports=True, handshake=True, takes_events=events
+            can_ask_again=can_ask_again,
+            load_errors="block",
+            reports=True,
+            handshake=True,
+            sync_load=sync_load,
+            async_load=not sync_load,
+            takes_events=events,
         )
         namespace = Namespace(model="id:m", kv_dtype="float32")
         self.ranks = ranks

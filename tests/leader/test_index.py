@@ -131,7 +131,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def claim(self, data: st.DataObject) -> None:
-        entry = self.pick(data, lambda e: e.state is not State.GONE)
+        entry = self.pick(data, lambda e: e.state is not State.GONE or e in self.claims)
         if entry is not None:
             self.index.claim(entry)
             self.claims.append(entry)
@@ -195,3 +195,17 @@ def test_slot_on_its_way_is_never_evicted(state: State) -> None:
     index = BlockIndex((None,), 1)
     assert index.reserve(name(0), 0, state, None) is not None
     assert index.reserve(name(1), 0, State.RESERVED, None) is None
+
+
+def test_claim_on_a_block_that_went_leaves_the_one_that_took_its_name_evictable() -> None:
+    index = BlockIndex((None,), 2)
+    old = index.reserve(name(0), 0, State.RESERVED, None)
+    assert old is not None
+    index.claim(old)
+    index.void(old)
+    new = index.reserve(name(0), 0, State.RESERVED, None)
+    assert new is not None
+    index.commit(new)
+    index.claim(old)
+    index.check_integrity()
+    assert index.num_available == 1

@@ -154,6 +154,31 @@ def test_promoted_block_has_the_priority_that_its_request_wants() -> None:
     assert [entry.priority for entry in fresh.leader._index.group(0).values()] == [80, 80, 80]
 
 
+def test_parked_load_updates_the_priority() -> None:
+    script = Script(sync_load=False)
+    save(script, "a", TOKENS)
+    view = script.arrive("b", [*TOKENS, 1], retention=keep(80))
+    assert script.ask(view) == Match(12, True)
+    script.alloc(view, 12)
+    assert len(script.plan().loads) == 3
+    assert [entry.priority for entry in script.leader._index.group(0).values()] == [80, 80, 80]
+
+
+def test_of_two_that_compute_one_block_the_last_says_how_it_is_kept() -> None:
+    clock = Clock()
+    script = Script(slots=6, clock=clock, events=True)
+    one = script.arrive("a", TOKENS, retention=keep(80))
+    other = script.arrive("b", TOKENS, retention=keep(10, 5))
+    plan = script.plan((one, 0, 12), (other, 0, 12))
+    assert len(plan.saves) == 3
+    clock.now += 100
+    script.report(plan)
+    (stored,) = script.leader.take_events()
+    assert isinstance(stored, BlocksStored)
+    assert stored.priority == 10
+    assert {entry.until for entry in script.leader._index.group(0).values()} == {clock.now + 5}
+
+
 def test_what_others_depend_on_outlives_them() -> None:
     """A request goes on from a block that was used long ago; while the new blocks are there, the old one is needed."""
     script = Script(slots=4)
