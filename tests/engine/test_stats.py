@@ -260,3 +260,30 @@ def test_without_a_connector_there_is_the_device(monkeypatch: pytest.MonkeyPatch
         levels = llm.get_stats()["levels"]
         assert set(levels["host"].values()) == {None}
         assert levels["device"]["capacity_blocks"] > 0
+
+
+def test_an_admission_that_was_interrupted_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(range(33)), list(range(100, 141))]
+    with LLM(make_model("llama"), "host://?capacity=4MiB", block_size=SIZE) as llm:
+        assert llm._leader is not None
+        told = llm._leader.update_state_after_alloc
+        calls: list[object] = []
+
+        def interrupted(*args: Any) -> Any:
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return told(*args)
+
+        monkeypatch.setattr(llm._leader, "update_state_after_alloc", interrupted)
+        ids = [llm.add_request(prompt, SamplingParams(max_tokens=1)) for prompt in prompts]
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+        assert {llm._requests[request_id].counts.allocated for request_id in ids} == {0}
+        finished = {output.request_id: output.finished for _ in range(3) for output in llm.step()}
+        first, second = (finished[request_id] for request_id in ids)
+        assert first is not None
+        assert second is not None
+        assert (first.blocks.allocated, first.blocks.missed) == (5, 4)
+        assert (second.blocks.allocated, second.blocks.missed) == (6, 5)
+        assert llm.get_stats()["blocks"]["allocated"] == 11
