@@ -98,7 +98,7 @@ class EventBuffer:
         self._root = BlockChain(block_size).root
         self._next_id = 0
         self._events: deque[tuple[int, _Run | _Removed | CacheEvent]] = deque()
-        self._open: dict[int, _Run | _Removed] = {}  # by layer group: the device's last event, while it is kept
+        self._open: dict[int, _Run | _Removed] = {}  # by layer group: the device's last event
         for group, pool in enumerate(pools):
             pool.listener = _GroupListener(self, group)
 
@@ -168,9 +168,7 @@ class EventBuffer:
 
     def _append(self, event: _Run | _Removed | CacheEvent) -> None:
         if len(self._events) == self._max_events:
-            _, forgotten = self._events.popleft()
-            if isinstance(forgotten, _Run | _Removed) and self._open.get(forgotten.group) is forgotten:
-                del self._open[forgotten.group]
+            self._events.popleft()  # what is still added to it reaches nobody who has not seen the hole
         self._events.append((self._next_id, event))
         self._next_id += 1
 

@@ -184,6 +184,14 @@ def test_an_overflow_is_seen_and_a_snapshot_heals_it(size: int) -> None:
     assert gaps
 
 
+def test_the_newest_events_are_kept() -> None:
+    with LLM(make_model("llama"), kv_cache_config=small(events=3)) as llm:
+        for start in range(5):
+            llm.generate([list(range(start, start + 20))], SamplingParams(max_tokens=1))  # one event each
+        assert [numbered.event_id for numbered in llm.take_events()] == [2, 3, 4]
+        assert llm.snapshot_events().next_id == 5
+
+
 def test_a_block_behind_a_snapshot_is_an_event_of_its_own() -> None:
     prompt = list(range(40))
     with LLM(make_model("llama"), kv_cache_config=small()) as llm:
