@@ -6,12 +6,23 @@
 from typing import TYPE_CHECKING, Any
 
 from kvconnect.engine.config import CacheLevel, KVCacheConfig
+from kvconnect.engine.events import EventFollower, EventSnapshot, NumberedEvent
 from kvconnect.engine.request import RequestOutput, SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
     from kvconnect.engine.llm import LLM
 
-__all__ = ["LLM", "CacheLevel", "KVCacheConfig", "RequestOutput", "SamplingParams", "TokenOutput"]
+__all__ = [
+    "LLM",
+    "CacheLevel",
+    "EventFollower",
+    "EventSnapshot",
+    "KVCacheConfig",
+    "NumberedEvent",
+    "RequestOutput",
+    "SamplingParams",
+    "TokenOutput",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 
 from kvconnect.driver import LeaderDriver, WorkerDriver
 from kvconnect.engine.config import CacheLevel
+from kvconnect.engine.events import EventBuffer, EventSnapshot, NumberedEvent
 from kvconnect.engine.manager import KVCacheManager
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, FinishReason
@@ -123,6 +124,7 @@ class EngineCore:
         async_scheduling: bool,
         enable_block_reuse: bool = True,
         enable_partial_reuse: bool = True,
+        max_events: int = 0,
     ) -> None:
         """Start with no requests; the connector stays the caller's to shut down.
 
@@ -137,8 +139,10 @@ class EngineCore:
             async_scheduling: Plan and run each step before the results of the one before it are taken.
             enable_block_reuse: Whether requests find the blocks of earlier ones.
             enable_partial_reuse: Whether they find parts of blocks on the device.
+            max_events: Events kept until they are taken, 0 for none.
         """
         self.cache = cache
+        self._events = EventBuffer(cache.pools, cache.block_size, max_events) if max_events else None
         self.manager = KVCacheManager(
             cache, leader, enable_block_reuse=enable_block_reuse, enable_partial_reuse=enable_partial_reuse
         )
@@ -221,6 +225,16 @@ class EngineCore:
         """Return (layer group, block, place) of a suspended request: 0 host memory, 1 the first store, -1 nowhere."""
         stats = {} if self._leader is None else self._leader.get_stats().get("suspended", {})
         return [tuple(block) for block in stats.get(request_id, {}).get("blocks", ())]
+
+    def take_events(self) -> list[NumberedEvent]:
+        """Return what was not taken yet; nothing if none are kept."""
+        self._collect_events()
+        return [] if self._events is None else self._events.take()
+
+    def snapshot_events(self) -> EventSnapshot | None:
+        """Return what can be found on the device, None if no events are kept."""
+        self._collect_events()
+        return None if self._events is None else self._events.snapshot()
 
     def idle(self) -> None:
         """Run a step that computes nothing, for what moves between the connector's tiers."""
@@ -328,6 +342,7 @@ class EngineCore:
         lost_any = bool(ran.lost)
         if self._leader is not None:
             self._leader.update_connector_output(ran.reports)
+            self._collect_events()
         for request, blocks in ran.bad_blocks.items():
             request.bad_blocks |= blocks
         for rank, finished in enumerate(ran.finished):
@@ -353,6 +368,11 @@ class EngineCore:
                 self._tokens.append(NewToken(part.request, token, reason))
                 if reason is not None:
                     self.scheduler.finish(part.request)
+
+    def _collect_events(self) -> None:
+        """Number what the leader has to tell; each step, so that nothing piles up there."""
+        if self._events is not None and self._leader is not None:
+            self._events.add(self._leader.take_events())
 
     def _reset_all(self, batch: Batch) -> None:
         """Let everybody begin again for whom the batch still means something."""

@@ -18,6 +18,8 @@ import torch
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
 from kvconnect.engine.config import KVCacheConfig
 from kvconnect.engine.core import ENGINE_CAPABILITIES, EngineCore
+from kvconnect.engine.events import EventSnapshot, NumberedEvent
+from kvconnect.engine.levels import level_stats
 from kvconnect.engine.model import load_model
 from kvconnect.engine.pages import PagedCache
 from kvconnect.engine.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
@@ -117,7 +119,10 @@ class LLM:
                 [cache.layout(rank, num_ranks) for rank in range(num_ranks)],
                 namespace=loaded.namespace,
                 engine=msgspec.structs.replace(
-                    ENGINE_CAPABILITIES, async_load=async_load, max_batch_tokens=max_batch_tokens
+                    ENGINE_CAPABILITIES,
+                    async_load=async_load,
+                    max_batch_tokens=max_batch_tokens,
+                    takes_events=config.event_buffer_max_size > 0,
                 ),
             )
         self._core = EngineCore(
@@ -131,6 +136,7 @@ class LLM:
             async_scheduling=async_scheduling,
             enable_block_reuse=config.enable_block_reuse,
             enable_partial_reuse=config.enable_partial_reuse,
+            max_events=config.event_buffer_max_size,
         )
         self._config = config
         self._warned_of_retention = False
@@ -281,7 +287,13 @@ class LLM:
             self._core.step()
 
     def get_stats(self) -> dict[str, Any]:
-        """Return the engine's counters, and the leader's and the workers' under their names."""
+        """Return the engine's counters, and the leader's and the workers' under their names.
+
+        ``blocks`` adds up what `RequestOutput.blocks` says of each request; ``dropped`` is of the device's pages.
+        ``levels`` says of the device, of host memory and of each store, by name, what was loaded from it, saved to it,
+        dropped from it for other blocks, is used now and fits into it, in blocks and bytes of all layer groups and
+        ranks; None where nobody knows, as of what a store drops and holds.
+        """
         scheduler, totals = self._core.scheduler, self._core.manager.totals
         dropped = sum(pool.num_evicted for pool in self._core.cache.pools)
         stats: dict[str, Any] = {
@@ -296,7 +308,32 @@ class LLM:
         if self._leader is not None:
             stats["leader"] = self._leader.get_stats()
             stats["workers"] = [worker.get_stats() for worker in self._workers]
+        leader, workers = stats.get("leader", {}), stats.get("workers", ())
+        stats["levels"] = level_stats(self._level_names, self._core.manager, leader, workers)
         return stats
+
+    def take_events(self) -> list[NumberedEvent]:
+        """Return what came, went or changed its priority since the last call, on the device and below; each once.
+
+        Their numbers have no holes unless more than `KVCacheConfig.event_buffer_max_size` came between two calls: then
+        the oldest are gone, and `snapshot_events` is where to begin anew. `EventFollower` does both. Empty if that size
+        is 0.
+        """
+        return self._core.take_events()
+
+    def snapshot_events(self) -> EventSnapshot:
+        """Return what can be found on the device now, and the number that the next event will have.
+
+        What lies in host memory and in stores is not in it: no hook enumerates that, and a listener must take it as
+        unknown until it is told of. Events that were not taken yet stay; they have lower numbers.
+
+        Raises:
+            ConfigError: If no events are kept.
+        """
+        snapshot = self._core.snapshot_events()
+        if snapshot is None:
+            raise ConfigError("no events are kept; give KVCacheConfig(event_buffer_max_size=...)")
+        return snapshot
 
     def reset_prefix_cache(self) -> None:
         """Forget full pages on the device; the connector keeps what it has."""

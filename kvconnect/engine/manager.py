@@ -59,6 +59,7 @@ class Admission(NamedTuple):
         num_tokens: How many of them; 0 if it waits for an asynchronous load, or that could not be begun.
         parked: Whether it does.
         fresh: Pages taken, by group, to be filled with NaN.
+        counts: What became of its blocks by that.
     """
 
     request: EngineRequest
@@ -66,6 +67,7 @@ class Admission(NamedTuple):
     num_tokens: int
     parked: bool
     fresh: list[list[int]]
+    counts: BlockCounts
 
 
 class _Claim:
@@ -83,7 +85,7 @@ class KVCacheManager:
 
     Attributes:
         cache: The pages.
-        totals: Block counts of all requests.
+        totals: Block counts of all requests but dummy ones.
     """
 
     def __init__(
@@ -164,13 +166,15 @@ class KVCacheManager:
             for admission in admitted:
                 self._take_back(admission)
             raise
+        for admission in admitted:
+            self._count(admission.request, admission.counts)
         return admitted
 
     def grow(self, request: EngineRequest, num_tokens: int) -> list[list[int]] | None:
         """Give a running request pages for `num_tokens` tokens; None, with nothing changed, if there are too few."""
         fresh = self.cache.extend(request.tables, request.chain.hashes, 0, request.num_computed, num_tokens)
         if fresh is not None:
-            self._count(request, BlockCounts(allocated=sum(map(len, fresh))))
+            self._count(request, self._pages(fresh, []))
         return fresh
 
     def computed(self, request: EngineRequest, num_tokens: int) -> None:
@@ -185,9 +189,31 @@ class KVCacheManager:
                 full,
                 num_prompt_tokens=request.num_prompt_tokens,
                 retention=request.params.retention,
+                salted=request.params.cache_salt is not None,
             )
         request.num_named = full
         self.cache.release_stale(request.tables, num_tokens)
+
+    def resumed(self, request: EngineRequest, fresh: Sequence[Sequence[int]]) -> None:
+        """Count a resume: `fresh` pages, by group, are filled through the connector."""
+        counts = self._pages(fresh, fresh)
+        counts.restored = sum(map(len, fresh))
+        self._count(request, counts)
+
+    def not_loaded(self, request: EngineRequest, arrived: int, end: int, *, resumes: bool) -> None:
+        """Count what an asynchronous load did not bring, tokens ``[arrived, end)``: it is computed in its pages."""
+        size = self.cache.block_size
+        blocks = slice(arrived // size, -(-end // size))
+        pages = [[page for page in table[blocks] if page != NO_PAGE] for table in request.tables]
+        number, num_bytes = self._sum(pages)
+        lost = BlockCounts(new=number, loaded_bytes=-num_bytes)
+        if resumes:
+            lost.restored = -number
+        else:
+            full = (request.num_prompt_tokens - 1) // size
+            lost.missed = max(0, min(full, blocks.stop) - blocks.start) * len(self.cache.pools)
+            lost.loaded = -lost.missed
+        self._count(request, lost)
 
     # -- phase 1 -------------------------------------------------------------------------------------------------
 
@@ -273,13 +299,15 @@ class KVCacheManager:
             claim.estimate = estimate._replace(loaded=0, parks=False, partial=None)
             self._drop_partial_of(estimate)
             return self._admit(claim)
-        taken = sum(map(len, fresh))
+        counts = self._counts_of(request, estimate, fresh)
         if estimate.partial is not None:
             self.cache.fill_fresh(fresh)
             self.cache.copy_partial(estimate.partial, request.tables, start // self.cache.block_size)
             fresh = [[] for _ in fresh]
-        self._count_admission(request, estimate, taken)
-        return Admission(request, start, count, estimate.parks, fresh)
+        request.num_named = estimate.matched
+        request.num_reused = start - estimate.loaded
+        request.num_loaded = estimate.loaded
+        return Admission(request, start, count, estimate.parks, fresh, counts)
 
     def _drop_partial_of(self, estimate: Estimate) -> None:
         if estimate.partial is not None:
@@ -300,25 +328,31 @@ class KVCacheManager:
         if self._leader is not None and not request.dummy:
             self._leader.request_reset(request.view())
 
-    def _count_admission(self, request: EngineRequest, estimate: Estimate, taken: int) -> None:
+    def _counts_of(self, request: EngineRequest, estimate: Estimate, fresh: Sequence[Sequence[int]]) -> BlockCounts:
+        """Return what an admission does: each full block of the prompt but its last token's is in one of three."""
         size, groups = self.cache.block_size, len(self.cache.pools)
-        request.num_named = estimate.matched
-        request.num_reused = estimate.num_computed(size) - estimate.loaded
-        request.num_loaded = estimate.loaded
         loaded = estimate.loaded // size
         full = (request.num_prompt_tokens - 1) // size
         found = min(full, estimate.matched)
-        self._count(
-            request,
-            BlockCounts(
-                allocated=taken,
-                reused=found * groups,
-                partially_reused=groups * (estimate.partial is not None),
-                loaded=min(full - found, loaded) * groups,
-                missed=max(0, full - found - loaded) * groups,
-            ),
-        )
+        span = slice(estimate.matched, estimate.matched + loaded)
+        counts = self._pages(fresh, [[page for page in table[span] if page != NO_PAGE] for table in request.tables])
+        counts.reused = found * groups
+        counts.partially_reused = groups * (estimate.partial is not None)
+        counts.loaded = min(full - found, loaded) * groups
+        counts.missed = max(0, full - found - loaded) * groups
+        return counts
+
+    def _pages(self, taken: Sequence[Sequence[int]], loaded: Sequence[Sequence[int]]) -> BlockCounts:
+        """Count pages, by group, of which the `loaded` ones are not computed into."""
+        number, num_bytes = self._sum(taken)
+        loads, load_bytes = self._sum(loaded)
+        return BlockCounts(allocated=number, new=number - loads, allocated_bytes=num_bytes, loaded_bytes=load_bytes)
+
+    def _sum(self, pages: Sequence[Sequence[int]]) -> tuple[int, int]:
+        sizes = [len(of_group) for of_group in pages]
+        return sum(sizes), sum(size * each for size, each in zip(sizes, self.cache.page_bytes, strict=False))
 
     def _count(self, request: EngineRequest, counts: BlockCounts) -> None:
         request.counts.add(counts)
-        self.totals.add(counts)
+        if not request.dummy:  # nobody gets its output
+            self.totals.add(counts)

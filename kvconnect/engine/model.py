@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvconnect.engine.attention import PAGED_ATTENTION
 from kvconnect.engine.pages import KVGeometry
@@ -59,8 +59,12 @@ def load_model(
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{os.fspath(model)!r} is no checkpoint folder: it has no config.json")
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            check_prefix_law(config.get_text_config().to_dict())  # before the weights take memory
+            loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
             tokenizer = load_tokenizer(folder, loaded.config)
+        except UnsupportedError:
+            raise
         except Exception as error:  # transformers raises whatever its readers raise
             first = str(error).strip().split("\n")[0]
             raise ConfigError(f"{os.fspath(model)!r} cannot be loaded: {type(error).__name__}: {first}") from error

@@ -46,8 +46,11 @@ class KVGeometry(NamedTuple):
     @property
     def bytes_per_token(self) -> int:
         """K and V of one token in all layers."""
-        layers = sum(len(group) for group in self.layers)
-        return 2 * layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return sum(map(self.group_bytes_per_token, range(len(self.layers))))
+
+    def group_bytes_per_token(self, group: int) -> int:
+        """K and V of one token in a group's layers."""
+        return 2 * len(self.layers[group]) * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
 
 class PartialMatch(NamedTuple):
@@ -102,7 +105,13 @@ class PagedCache:
     @property
     def bytes_per_page(self) -> int:
         """Bytes of one page in every group, all layers together."""
-        return self._geometry.bytes_per_token * self.block_size
+        return sum(self.page_bytes)
+
+    @property
+    def page_bytes(self) -> list[int]:
+        """Bytes of one page of each group, its layers together."""
+        groups = range(len(self.pools))
+        return [self._geometry.group_bytes_per_token(group) * self.block_size for group in groups]
 
     def layout(self, rank: int = 0, num_ranks: int = 1) -> KVCacheLayout:
         """Describe one rank's part of the tensors for a connector: its share of every page's KV heads.
@@ -249,12 +258,13 @@ class PagedCache:
         *,
         num_prompt_tokens: int = 0,
         retention: Retention | None = None,
+        salted: bool = False,
     ) -> None:
         """Make blocks ``[start, end)`` of a sequence findable: they are full and right."""
         size = self.block_size
         for block in range(start, end):
             parent = chain.hashes[block - 1] if block else chain.root
-            held = CachedBlock(chain.hashes[block], parent, tuple(tokens[block * size : (block + 1) * size]))
+            held = CachedBlock(chain.hashes[block], parent, tuple(tokens[block * size : (block + 1) * size]), salted)
             rank = retention.of_block(block, size, num_prompt_tokens) if retention else (DEFAULT_PRIORITY, None)
             for pool, table in zip(self.pools, tables, strict=True):
                 if table[block] != NO_PAGE:

@@ -26,11 +26,13 @@ class CachedBlock(NamedTuple):
         block_hash: Its content name.
         parent: Of the block before it; the chain's root for the first one.
         tokens: Its own, for partial reuse and events.
+        salted: Whether the hash depends on more than the tokens: then they and the parent do not say what it is.
     """
 
     block_hash: BlockHash
     parent: BlockHash
     tokens: Sequence[int]
+    salted: bool = False
 
 
 class PoolListener(Protocol):
@@ -52,6 +54,7 @@ class PagePool:
     Attributes:
         num_pages: How many there are, those that a resize has put away included.
         num_evicted: Cached pages that were handed out for something else.
+        num_named: Times that a page became findable.
         listener: Told of named blocks, if there is one.
     """
 
@@ -65,6 +68,7 @@ class PagePool:
         """
         self.num_pages = num_pages
         self.num_evicted = 0
+        self.num_named = 0
         self.listener: PoolListener | None = None
         self._clock = clock
         self._free = list(range(num_pages - 1, -1, -1))
@@ -87,6 +91,11 @@ class PagePool:
         return sum(count > 0 for count in self._holders)
 
     @property
+    def num_used(self) -> int:
+        """Pages that are held or cached."""
+        return self.num_usable - len(self._free)
+
+    @property
     def num_usable(self) -> int:
         """Pages that are in use or may be, after `resize`."""
         return self.num_pages - len(self._away)
@@ -99,6 +108,11 @@ class PagePool:
     def find(self, block_hash: BlockHash) -> int:
         """Return the page that holds a block, `NO_PAGE` if none does."""
         return self._page_of.get(block_hash, NO_PAGE)
+
+    def priority_of(self, block_hash: BlockHash) -> int:
+        """Return the priority that counts now of a block that can be found."""
+        priority, until = self._ranks[self._page_of[block_hash]]
+        return priority if until > self._clock() else DEFAULT_PRIORITY
 
     def continuing(self, parent: BlockHash) -> list[tuple[int, CachedBlock]]:
         """Return the named pages whose block comes right behind `parent`."""
@@ -149,14 +163,13 @@ class PagePool:
         self._continuing.setdefault(block.parent, []).append(page)
         self._queue.enter(block.block_hash, block.parent)
         self._ranks[page] = (priority, self._until(duration_s))
+        self.num_named += 1
         if self.listener is not None:
             self.listener.stored(block, priority)
 
     def set_priority(self, page: int, priority: int, duration_s: float | None) -> None:
         """Give a named, held page the priority that its new user asks for; the duration counts from now."""
-        known, until = self._ranks[page]
-        if until <= self._clock():
-            known = DEFAULT_PRIORITY
+        known = self.priority_of(self._blocks[page].block_hash)
         self._ranks[page] = (priority, self._until(duration_s))
         if priority != known and self.listener is not None:
             self.listener.updated(self._blocks[page], priority)

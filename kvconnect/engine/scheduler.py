@@ -350,6 +350,7 @@ class Scheduler:
             self._cache.release_all(request.tables)
             return False
         del self.suspended[request.request_id]
+        self._manager.resumed(request, fresh)
         request.bad_blocks, request.ranks_loaded = set(), set()
         request.num_named = matched
         if any(page != NO_PAGE for table in missing for page in table):
@@ -396,10 +397,11 @@ class Scheduler:
             return
         size = self._cache.block_size
         resumes, request.resumes = request.resumes, False
-        arrived = request.num_computed if resumes else request.num_reused + request.num_loaded
+        arrived = expected = request.num_computed if resumes else request.num_reused + request.num_loaded
         if request.bad_blocks:
             first = 0 if resumes else request.num_reused
             arrived = max(first, min(request.bad_blocks) * size)
+            self._manager.not_loaded(request, arrived, expected, resumes=resumes)
             request.failed_loads += 1
             if any(window is not None for window in self._cache.windows):
                 # pages for a shorter prefix's window were never asked for: begin again with what is on the device

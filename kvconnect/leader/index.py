@@ -144,7 +144,7 @@ class BlockIndex:
         self._clock = clock
         self._num_in: Counter[State] = Counter()
         self._num_claimed = 0
-        self.num_evicted = 0
+        self.evicted: Counter[int] = Counter()  # by layer group
         self._groups: list[dict[BlockHash, Entry]] = [{} for _ in windows]
         self._ready: list[set[BlockHash]] = [set() for _ in windows]
         self._by_slot: dict[int, Entry] = {}
@@ -168,6 +168,11 @@ class BlockIndex:
     def at_slot(self, slot: int) -> Entry | None:
         """Return the entry that holds `slot`, None if it is free or unknown."""
         return self._by_slot.get(slot)
+
+    @property
+    def num_evicted(self) -> int:
+        """Blocks that were forgotten to make room for others."""
+        return self.evicted.total()
 
     @property
     def num_free(self) -> int:
@@ -404,7 +409,7 @@ class BlockIndex:
         if victim is None:
             return False
         self._forget(self._groups[victim[0]][victim[1]])
-        self.num_evicted += 1
+        self.evicted[victim[0]] += 1
         return True
 
     def _forget(self, entry: Entry) -> None:

@@ -24,6 +24,7 @@ from kvconnect.leader.events import EventLog
 from kvconnect.leader.holds import StoreHolds
 from kvconnect.leader.index import BlockIndex, State
 from kvconnect.leader.ledger import StepLedger
+from kvconnect.leader.levels import LevelCounts
 from kvconnect.leader.lookup import Presence, StoreLookup
 from kvconnect.leader.match import Below, Matcher
 from kvconnect.leader.parked import ParkedLoad
@@ -132,7 +133,10 @@ class OffloadLeader(Leader):
         self._index = BlockIndex(windows, reserved, watcher, clock=self._clock)
         if num_slots < reserved:
             self._index.resize(num_slots)
-        self._traffic = TierTraffic(self._index, self._presence, tiers, self._context.num_ranks, self._events)
+        self._levels = LevelCounts(ranks, len(tiers))
+        self._traffic = TierTraffic(
+            self._index, self._presence, tiers, self._context.num_ranks, self._events, self._levels
+        )
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
         self._saves = SavePlanner(
             self._index, self._block_size, self._counts, self._events, min_priority=self._min_priority
@@ -407,6 +411,7 @@ class OffloadLeader(Leader):
             "evicted_blocks": self._index.num_evicted,
             "events_lost": self._events.num_lost,
             "arena": self._index.counts(),
+            "levels": self._levels.get_stats(self._index),
             "load_policy": self._load_policy,
             "load_cost": self._cost.get_stats(),
             "requests": len(self._requests),
@@ -577,6 +582,7 @@ class OffloadLeader(Leader):
             self._index.void(entry)
         for entry in outcome.committed:
             self._index.commit(entry)
+        self._levels.count("saved", 0, outcome.committed)
         self._index.release_chain(outcome.loaded)
         self._traffic.demote(outcome.committed)
         self._suspended.closed(outcome.committed, outcome.voided)

@@ -10,6 +10,7 @@ from typing import Protocol
 from kvconnect.leader.events import EventLog
 from kvconnect.leader.holds import holding_tiers
 from kvconnect.leader.index import BlockIndex, Entry, State
+from kvconnect.leader.levels import LevelCounts
 from kvconnect.leader.lookup import Presence
 from kvconnect.leader.request import RequestState
 from kvconnect.protocol.keys import BlockHash, is_private
@@ -33,9 +34,16 @@ class TierTraffic:
     """Promotions and demotions that are wanted or on their way."""
 
     def __init__(
-        self, index: BlockIndex, presence: Presence, tiers: Sequence[Tier], num_ranks: int, events: EventLog
+        self,
+        index: BlockIndex,
+        presence: Presence,
+        tiers: Sequence[Tier],
+        num_ranks: int,
+        events: EventLog,
+        levels: LevelCounts,
     ) -> None:
         """Start with none."""
+        self._levels = levels
         self._events = events
         self._index = index
         self._presence = presence
@@ -242,6 +250,7 @@ class TierTraffic:
             self._index.void(entry)
         elif entry.state is State.PROMOTING:
             self.promoted += 1
+            self._levels.count("loaded", entry.source + 1, [entry])
             self._index.commit(entry)
             if wanted:
                 self._index.claim(entry)
@@ -265,6 +274,7 @@ class TierTraffic:
             self.not_demoted += 1
         else:
             self.demoted += 1
+            self._levels.count("saved", tier + 1, [entry])
             self._presence.add(tier, entry.group, entry.block_hash)
             self._events.stored(entry, tier + 1)
             if self.listener is not None:

@@ -25,8 +25,8 @@ class BlocksStored(msgspec.Struct, frozen=True, kw_only=True):
         tokens: Theirs, ``len(block_hashes) * block_size``.
         block_size: Tokens a block.
         group: Their layer group.
-        tier: 0 for host memory, then the stores in the order given.
-        tier_name: ``"host"``, or the store's name.
+        tier: 0 for host memory, then the stores in the order given; -1 for an engine's own pages.
+        tier_name: ``"host"``, the store's name, or ``"device"``.
         priority: With which they are kept there; stores keep all alike.
     """
 
@@ -46,8 +46,8 @@ class BlocksRemoved(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         block_hashes: Their content names.
         group: Their layer group.
-        tier: 0 for host memory, then the stores in the order given.
-        tier_name: ``"host"``, or the store's name.
+        tier: 0 for host memory, then the stores in the order given; -1 for an engine's own pages.
+        tier_name: ``"host"``, the store's name, or ``"device"``.
     """
 
     block_hashes: tuple[BlockHash, ...]
@@ -62,8 +62,8 @@ class BlocksUpdated(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         block_hashes: Their content names.
         group: Their layer group.
-        tier: 0 for host memory, then the stores in the order given.
-        tier_name: ``"host"``, or the store's name.
+        tier: 0 for host memory, then the stores in the order given; -1 for an engine's own pages.
+        tier_name: ``"host"``, the store's name, or ``"device"``.
         priority: The new one.
     """
 

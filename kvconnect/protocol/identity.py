@@ -19,6 +19,7 @@ import msgspec
 
 from kvconnect.errors import ConfigError, UnsupportedError
 from kvconnect.protocol.keys import frame_fields
+from kvconnect.protocol.recurrent import recurrent_layers
 
 __all__ = [
     "VOLATILE_SETTINGS",
@@ -139,7 +140,7 @@ def rope_settings(config: Mapping[str, Any]) -> str:
 
 
 def check_prefix_law(config: Mapping[str, Any]) -> None:
-    """Refuse a model whose KV of a prefix depends on what follows it.
+    """Refuse a model whose KV of a prefix depends on what follows it, or that keeps more of a prefix than KV.
 
     Args:
         config: The model configuration as a mapping (``config.to_dict()`` or ``config.json``).
@@ -147,6 +148,13 @@ def check_prefix_law(config: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedError: Names the setting; such KV must not be reused under another continuation.
     """
+    recurrent = recurrent_layers(config)
+    if recurrent:
+        raise UnsupportedError(
+            f"{recurrent} keep a recurrent state: what such a layer knows of a prefix is one state and not a set of "
+            "blocks, so a store of blocks cannot give back a shorter prefix than it was made from; this model is not "
+            "served"
+        )
     for field in ("rope_parameters", "rope_scaling"):
         for settings in _rope_dicts(config.get(field)):
             kind = settings.get("rope_type", settings.get("type"))

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 _MAX_INT = 2**31 - 1
 
+_TOTALS = ("loaded_blocks", "loaded_bytes", "saved_blocks", "saved_bytes")  # said also while they are 0
+
 
 class _Step:
     """What is left to do of a plan, and what went wrong with it. A list is emptied when its work begins."""
@@ -121,7 +123,7 @@ class OffloadWorker(Worker):
         self._failed_requests: set[str] = set()  # with an asynchronous load of which some block failed
         self._said_saved: set[str] = set()  # ended requests that a plan may name again
         self._promoting: dict[int, tuple[int, bytes]] = {}  # slot -> group and hash of what is on its way up
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_TOTALS, 0))
         self._log = FailureLog(logger)
         self._now = _Step(Plan(step=-1), 0)
         self._bound_at = 0.0
@@ -226,6 +228,7 @@ class OffloadWorker(Worker):
             for move in moves:
                 self._held[move.slot] = (group, move.block_hash, self._orders[group])
             self._counts["saved_blocks"] += len(moves)
+            self._counts["saved_bytes"] += len(moves) * self._payload_bytes[group]
         self._counts["save_us"] += round((time.perf_counter() - started) * 1e6)
         self._touch_ahead([move.slot for move in planned])
 
@@ -341,6 +344,7 @@ class OffloadWorker(Worker):
                 self._log.failed("load", error, len(moves))
                 continue
             self._counts["loaded_blocks"] += len(moves)
+            self._counts["loaded_bytes"] += len(moves) * self._payload_bytes[group]
         if loads:
             self._counts["load_us"] += round((time.perf_counter() - started) * 1e6)
 
