@@ -189,7 +189,7 @@ class EngineCore:
         self._settle_steps()
         if request not in self.scheduler.running and request not in self.scheduler.waiting:
             return False
-        if not self.scheduler.suspend(request):
+        if not self._when_settled(lambda: self.scheduler.suspend(request)):
             return False
         if not self._idle_until(lambda: not self.scheduler.saves(request.request_id)):
             raise RuntimeError(f"the pages of {request.request_id} were not read within {_SETTLE_S:.0f} s")
@@ -197,7 +197,8 @@ class EngineCore:
 
     def prefetch(self, request: EngineRequest, level: int) -> bool:
         """Have a suspended request's blocks brought up to `level`, from the next step on; False if there is no room."""
-        return self._leader is not None and self._leader.prefetch(request.view(), level - CacheLevel.HOST)
+        leader, view = self._leader, request.view()
+        return leader is not None and self._when_settled(lambda: leader.prefetch(view, level - CacheLevel.HOST))
 
     def resize(self, level: int, num_bytes: int) -> bool:
         """Give a level another size, after what the connector is doing has ended; False leaves all as it was.
@@ -245,6 +246,15 @@ class EngineCore:
         deadline = time.monotonic() + _SETTLE_S
         while not done():
             if time.monotonic() > deadline:
+                return False
+            self.idle()
+        return True
+
+    def _when_settled(self, act: Callable[[], bool]) -> bool:
+        """Do something for which there may be room once what is on its way to a store has arrived there."""
+        deadline = time.monotonic() + _SETTLE_S
+        while not act():
+            if not self.has_connector_work or time.monotonic() > deadline:
                 return False
             self.idle()
         return True

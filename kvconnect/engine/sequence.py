@@ -57,7 +57,7 @@ class Sequence:
 
         Returns:
             False if there is no room for all of it, or if its last token came meanwhile; then it goes on. What is on
-            its way to a store keeps its room until it is there: after `wait` there may be more.
+            its way to a store keeps its room until it is there, and is waited for.
 
         Raises:
             ConfigError: If the request is suspended already, loading, or finished.
@@ -79,7 +79,7 @@ class Sequence:
 
         Returns:
             False if there is no room for all of them, however many others could be pushed down; then nothing has moved.
-            What is on its way to a store keeps its room until it is there: after `wait` there may be more.
+            What is on its way to a store keeps its room until it is there, and is waited for.
 
         Raises:
             ConfigError: If the request is not suspended, or there is no such level.

@@ -62,3 +62,20 @@ def test_pages_that_come_next_are_made_ahead_once_and_keep_what_they_hold() -> N
     arena.touch_ahead([arena.num_slots - 1], asked.append)
     assert not asked  # all of it is there
     assert resident_bytes() - before == pytest.approx(arena.num_slots * arena.slot_bytes, rel=0.1)
+
+
+def test_memory_of_slots_that_are_not_used_is_given_back_and_can_be_had_again() -> None:
+    arena = Arena(8 * PAGE_BYTES, 100, pinned=False, reserve=32 * PAGE_BYTES)
+    assert (arena.usable_slots, arena.num_slots) == (8, 32)
+    for number in range(32):
+        arena.slot(number)[:4] = b"kvkv"
+    arena.give_back([3, 31])
+    assert [bytes(arena.slot(number)[:4]) for number in (2, 3, 4, 30, 31)] == [
+        b"kvkv",
+        b"\0\0\0\0",
+        b"kvkv",
+        b"kvkv",
+        b"\0\0\0\0",
+    ]
+    arena.slot(31)[:4] = b"back"
+    assert bytes(arena.slot(31)[:4]) == b"back"
