@@ -247,6 +247,9 @@ class _Run:
         going = [request for request in running.values() if request in (*scheduler.running, *scheduler.waiting)]
         if going and self._rng.random() < 0.25:
             self._core.suspend(self._rng.choice(going))
+            if self._rng.random() < 0.5:  # else it may find all of its pages again where they were
+                for pool in self._core.cache.pools:
+                    pool.forget_names()
 
     def _arrive(self, prompt: Sequence[int]) -> EngineRequest:
         self._count += 1

@@ -90,7 +90,7 @@ class SuspendTests(Kit):
         needs_of(target, "suspend", "full")
         with SuspendEngine(with_room(target, _BLOCKS)) as engine:
             request = engine.run(self.tokens(rng, _PROMPT), cache="none")
-            must(not engine.suspend(request), expected="False: six blocks do not fit into five", got="True")
+            must(not engine.ask_to_suspend(request), expected="False: six blocks do not fit into five", got="True")
             must(not engine.leader.resume(request.view(), request.tables), expected="no resume", got="True")
             engine.go_on(request, 1, 2)
             engine.must_fit(rng, _BLOCKS)
@@ -217,8 +217,8 @@ class SuspendTests(Kit):
             if shape == "full":
                 engine.must_fit(rng, _ROOM)
 
-    def test_prefetch_needs_no_room_to_load(self, target: Target, rng: random.Random) -> None:
-        """With room for it, `prefetch` to host memory is granted, and the next load finds the blocks there."""
+    def test_prefetch_of_what_is_there_is_granted(self, target: Target, rng: random.Random) -> None:
+        """With room for it, `prefetch` to host memory is granted, also if there is nothing left to move."""
         needs_of(target, "suspend", "full")
         with SuspendEngine(with_room(target, _ROOM)) as engine:
             request = engine.run(self.tokens(rng, _PROMPT))
