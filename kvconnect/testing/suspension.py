@@ -273,6 +273,18 @@ class SuspendTests(Kit):
                 engine.end(request)
                 engine.must_fit(rng, _ROOM)
 
+    def test_suspended_again_at_once(self, target: Target, rng: random.Random) -> None:
+        """With nothing to load it is resumed at once; suspended again before the next step, it is named again."""
+        needs_of(target, "suspend", "full")
+        with SuspendEngine(target) as engine:
+            request = engine.arrive(self.tokens(rng, _PROMPT))
+            engine.allocate(request, 0)
+            for _ in range(3):
+                _suspend(engine, request)
+                _come_back(engine, request, 0)
+            engine.go_on(request, 1)
+            engine.end(request)
+
     def test_resize_to_nonsense_is_refused(self, target: Target, rng: random.Random) -> None:
         """No bytes, fewer than none, more than any machine has, and tiers that do not exist: False."""
         needs_of(target, "suspend", "full")

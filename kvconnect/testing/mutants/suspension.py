@@ -365,6 +365,20 @@ class RemembersHowLongItWas(Right):
     leader = leader(suspend=_suspend_as_before, resume=_resume_known)
 
 
+def _finish_once(self: Any, finished_req_ids: frozenset[str]) -> Finished:
+    finished = OffloadWorker.get_finished(self, finished_req_ids)
+    said: frozenset[str] = getattr(self, "said", frozenset())
+    self.said = said | finished.saved
+    return finished._replace(saved=finished.saved - said)
+
+
+@mutant(SuspendTests.test_suspended_again_at_once, "to name r0 as saved on every rank.*named by ranks")
+class NamesItOnceInItsLife(Right):
+    """Says of a request only once that its pages were read, however often it is suspended."""
+
+    worker = worker(get_finished=_finish_once)
+
+
 @mutant(SuspendTests.test_resize_to_nonsense_is_refused, r"resize_tier\(0, 0\) to be refused; got True")
 class ResizesToAnything(Right):
     """Says that a tier has whatever size was asked for."""
