@@ -212,7 +212,7 @@ class OffloadLeader(Leader):
     def claim_match(self, request: RequestView, num_tokens: int) -> int:
         """Claim the offered blocks that lie in the arena; of an asynchronous offer the rest is loaded or recomputed."""
         state = self._requests.get(request.request_id)
-        if state is None or state.chain is None:
+        if state is None or state.chain is None or not state.reads:
             return 0
         self.release_match(request)
         end = state.first + num_tokens // self._block_size

@@ -5,6 +5,7 @@ TARGET``. `ConnectorTests` are the kits of both halves in one class. Needs ``pip
 test promises is in ``docs/conformance.md``.
 """
 
+from kvconnect.testing.claims import ClaimTests
 from kvconnect.testing.connector import ConnectorTests
 from kvconnect.testing.engine import EngineTests
 from kvconnect.testing.engines import EngineSetting, EngineUnderTest
@@ -21,10 +22,12 @@ from kvconnect.testing.saves import SaveTests
 from kvconnect.testing.schedules import ScheduleTests
 from kvconnect.testing.stateful import StatefulTests
 from kvconnect.testing.store import StoreTests
+from kvconnect.testing.suspension import SuspendTests
 from kvconnect.testing.worker import WorkerTests
 
 __all__ = [
     "BrokenPromise",
+    "ClaimTests",
     "ConnectorTests",
     "EngineSetting",
     "EngineTests",
@@ -41,5 +44,6 @@ __all__ = [
     "ScheduleTests",
     "StatefulTests",
     "StoreTests",
+    "SuspendTests",
     "WorkerTests",
 ]

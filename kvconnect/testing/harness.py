@@ -12,7 +12,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -139,11 +139,11 @@ class StepEngine:
         self._steps = itertools.count()
         self._preempted: list[str] = []
         self._ended: set[str] = set()
-        self._waiting: dict[str, tuple[KitRequest, set[int]]] = {}
+        self._waiting: dict[str, tuple[list[list[int]], set[int]]] = {}  # pages that are read, ranks that have
         self._parked: dict[str, set[int]] = {}  # requests with an asynchronous load -> ranks that have named them
         self._closed = False
 
-    def __enter__(self) -> StepEngine:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 
@@ -274,15 +274,14 @@ class StepEngine:
         """Tell that it ended; its pages are NaN from here on, or once its saves are reported."""
         keeps = self.leader.request_finished(request.view(), request.tables)
         if keeps:
-            self._ended.add(request.request_id)
-            self._waiting[request.request_id] = (request, set())
+            self._await_save(request)
         else:
-            self._scrub(request)
+            self._scrub(request.tables)
         return keeps
 
     def reset(self, request: KitRequest) -> None:
         """Take its pages back: it will run again as a new one."""
-        self._scrub(request)
+        self._scrub(request.tables)
         self._preempted.append(request.request_id)
         request.computed = request.loaded = 0
         request.told = len(request.tokens)
@@ -453,10 +452,15 @@ class StepEngine:
             wrong += self.pages.check(states, request.tables[cache.group], cache.group, layer, start, end)
         return wrong
 
-    def _scrub(self, request: KitRequest) -> None:
+    def _await_save(self, request: KitRequest) -> None:
+        """Keep the request's pages until every rank has named it as saved."""
+        self._ended.add(request.request_id)
+        self._waiting[request.request_id] = (request.tables, set())
+
+    def _scrub(self, tables: list[list[int]]) -> None:
         """Free pages and fill them with NaN at once: whoever still reads or writes them is found out."""
-        held = [[page for page in table if page != NO_PAGE] for table in request.tables]
-        self.cache.release_all(request.tables)
+        held = [[page for page in table if page != NO_PAGE] for table in tables]
+        self.cache.release_all(tables)
         self.cache.fill_fresh(held)
 
     def _release(self, rank: int, saved: frozenset[str]) -> None:
@@ -466,11 +470,11 @@ class StepEngine:
                 expected="get_finished to name as saved only requests whose pages it was told to keep, once a rank",
                 got=f"rank {rank} named {request_id}",
             )
-            request, ranks = self._waiting[request_id]
+            tables, ranks = self._waiting[request_id]
             ranks.add(rank)
             if len(ranks) == len(self.workers):
                 del self._waiting[request_id]
-                self._scrub(request)
+                self._scrub(tables)
 
     def _arrived(self, rank: int, finished: Finished) -> None:
         for request_id in finished.loaded:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvconnect.testing.claims import ClaimTests
 from kvconnect.testing.faults import FaultTests
 from kvconnect.testing.fit import FitTests
 from kvconnect.testing.keys import KeyPartitionTests
@@ -23,6 +24,7 @@ from kvconnect.testing.saves import SaveTests
 from kvconnect.testing.schedules import ScheduleTests
 from kvconnect.testing.stateful import StatefulTests
 from kvconnect.testing.store import StoreTests
+from kvconnect.testing.suspension import SuspendTests
 from kvconnect.testing.worker import WorkerTests
 
 __all__ = ["KITS"]
@@ -37,6 +39,8 @@ KITS: dict[str, tuple[type[Kit], ...]] = {
         SaveTests,
         LifeTests,
         FitTests,
+        ClaimTests,
+        SuspendTests,
         KeyPartitionTests,
         FaultTests,
         RestartTests,

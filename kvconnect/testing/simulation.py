@@ -1,8 +1,8 @@
 """Random schedules from a seed: the reference engine's core over pages without a model, and a connector under it.
 
-Whatever comes together (chunks, preemption, aborts, eviction, several ranks, asynchronous loads, steps planned ahead),
-every byte that a layer reads is compared with what it must be. A mistake names the request, the position and the bytes;
-the seed repeats it.
+Whatever comes together (chunks, preemption, aborts, suspension, eviction, several ranks, asynchronous loads, steps
+planned ahead), every byte that a layer reads is compared with what it must be. A mistake names the request, the
+position and the bytes; the seed repeats it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         async_load: Requests may be parked.
         async_scheduling: Steps are planned before the results of the one before are taken.
         aborts: Requests are aborted now and then.
+        suspends: Requests are suspended, prefetched and resumed now and then.
     """
 
     shape: str = "full"
@@ -57,9 +58,18 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     async_load: bool = False
     async_scheduling: bool = False
     aborts: bool = True
+    suspends: bool = False
 
     @classmethod
-    def draw(cls, rng: random.Random, *, several_groups: bool, several_ranks: bool, async_load: bool) -> Setting:
+    def draw(
+        cls,
+        rng: random.Random,
+        *,
+        several_groups: bool,
+        several_ranks: bool,
+        async_load: bool,
+        suspends: bool = False,
+    ) -> Setting:
         """Choose one at random among those that a connector declares."""
         block_size = rng.choice([2, 4, 8])
         return cls(
@@ -71,6 +81,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
             async_load=async_load and rng.random() < 0.5,
             async_scheduling=rng.random() < 0.5,
             aborts=rng.random() < 0.7,
+            suspends=suspends,
         )
 
     def arena_bytes(self, num_blocks: int) -> int:
@@ -122,7 +133,7 @@ def simulate(target: Target, seed: int, setting: Setting, prompts: Sequence[Sequ
 
     Args:
         target: A new connector is opened, and shut down at the end.
-        seed: Decides arrivals, aborts and evictions.
+        seed: Decides arrivals, aborts, suspensions and evictions.
         setting: The engine.
         prompts: Each is served once a round, in random order.
         rounds: Between them the engine forgets its own pages.
@@ -202,6 +213,8 @@ class _Run:
             if self._setting.aborts and running and self._rng.random() < 0.08:
                 gone = running.pop(self._rng.choice(list(running)))
                 self._core.scheduler.abort(gone)
+            if self._setting.suspends:
+                self._move(running)
             self._step(running)
 
     def drain(self) -> None:
@@ -223,6 +236,21 @@ class _Run:
                 got=f"{pool.num_held} pages held",
                 hint="request_finished answered True, or a load was parked, and get_finished never named the request",
             )
+
+    def _move(self, running: dict[str, EngineRequest]) -> None:
+        """Suspend a request, and have others brought up or resumed; one that is refused is asked for again later."""
+        scheduler = self._core.scheduler
+        for request in list(scheduler.suspended.values()):
+            if self._rng.random() < 0.1:
+                self._core.prefetch(request, self._rng.randrange(1, 4))
+            if self._rng.random() < 0.2:
+                scheduler.resume(request)
+        going = [request for request in running.values() if request in (*scheduler.running, *scheduler.waiting)]
+        if going and self._rng.random() < 0.25:
+            self._core.suspend(self._rng.choice(going))
+            if self._rng.random() < 0.5:  # else it may find all of its pages again where they were
+                for pool in self._core.cache.pools:
+                    pool.forget_names()
 
     def _arrive(self, prompt: Sequence[int]) -> EngineRequest:
         self._count += 1

@@ -1,4 +1,4 @@
-"""A hypothesis machine: saves, loads, aborts, preemptions, restarts in any order, against what pages must hold."""
+"""A hypothesis machine: saves, loads, aborts, preemptions, suspensions, restarts in any order, against a dictionary."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from kvconnect.testing.harness import BLOCK, KitRequest, StepEngine
+from kvconnect.testing.harness import BLOCK, KitRequest
 from kvconnect.testing.kit import Kit
 from kvconnect.testing.promise import BrokenPromise, must, not_here
+from kvconnect.testing.suspending import SuspendEngine
 from kvconnect.testing.target import Target
 
 __all__ = ["StatefulTests"]
@@ -23,7 +24,7 @@ class StatefulTests(Kit):
     """Compares a connector with a dictionary of what was computed, over programs that hypothesis writes and shrinks."""
 
     def test_any_program_of_operations_reads_right_bytes(self, target: Target, seed: int, quick: bool) -> None:
-        """Whatever is saved, loaded, aborted, preempted, forgotten or reopened, in whatever order: right bytes."""
+        """Whatever is saved, loaded, aborted, preempted, suspended, forgotten or reopened, in any order: right."""
         try:
             import hypothesis
             from hypothesis import stateful
@@ -71,11 +72,12 @@ def _make_machine(target: Target) -> Any:
             self.engine = self._open()
             self.broken = False
             self.running: list[KitRequest] = []
+            self.suspended: list[KitRequest] = []
             self.computed: set[tuple[int, ...]] = set()
             self.ever: set[tuple[int, ...]] = set()
 
-        def _open(self) -> StepEngine:
-            return StepEngine(target, num_pages=64, model=self.model)
+        def _open(self) -> SuspendEngine:
+            return SuspendEngine(target, num_pages=64, model=self.model)
 
         @initialize(data=st.data())
         def serve(self, data: Any) -> None:
@@ -90,6 +92,9 @@ def _make_machine(target: Target) -> Any:
             if self.running:
                 often.append("compute")
                 seldom += ["finish", "preempt"]
+                seldom += ["suspend"] * target.capabilities.suspend
+            if self.suspended:
+                seldom += ["resume", "prefetch"]
             name = data.draw(st.sampled_from(3 * often + seldom), label="operation")
             self._do(getattr(self, f"_{name}"), data)
 
@@ -139,6 +144,32 @@ def _make_machine(target: Target) -> Any:
             self.engine.check_loaded(request)
             request.loaded = 0
 
+        def _suspend(self, data: Any) -> None:
+            """A request gives its pages away, or goes on in them if there is no room below."""
+            request = self._choose(data)
+            if self.engine.suspend(request):
+                self.running.remove(request)
+                self.suspended.append(request)
+
+        def _prefetch(self, data: Any) -> None:
+            """A suspended request's blocks come up to some tier, if they may."""
+            tier = data.draw(st.integers(0, len(target.resolved.tiers)), label="tier")
+            self.engine.leader.prefetch(self.suspended[0].view(), tier)
+
+        def _resume(self, data: Any) -> None:
+            """A suspended request has all its bytes again."""
+            if len(self.running) >= 4:
+                self.engine.finish(self.running.pop(0))
+            request = self.suspended.pop(0)
+            before = request.computed
+            must(self.engine.resume(request), expected="a suspended request to be resumed", got="False")
+            must(
+                request.computed == before,
+                expected=f"all {before} tokens of a suspended request to come back",
+                got=f"{request.computed}",
+            )
+            self.running.append(request)
+
         def _forget(self, data: Any) -> None:
             """Everything from before is unmatchable, as the next request sees."""
             self._end_all()
@@ -178,8 +209,9 @@ def _make_machine(target: Target) -> Any:
             self.engine.settle()
 
         def _end_all(self) -> None:
-            for request in self.running:
+            for request in (*self.running, *self.suspended):
                 self.engine.finish(request)
             self.running.clear()
+            self.suspended.clear()
 
     return Machine

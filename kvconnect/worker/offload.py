@@ -234,6 +234,7 @@ class OffloadWorker(Worker):
 
     def get_finished(self, finished_req_ids: frozenset[str]) -> Finished:
         """Name the requests whose last saves or whose asynchronous load ended with this step's plan."""
+        self._said_saved -= finished_req_ids  # suspended once more, with no plan between that did not name it
         saved, self._now.saved = frozenset(self._now.saved) - self._said_saved, ()
         self._said_saved |= saved
         loaded, self._now.ends = frozenset(self._now.ends), ()

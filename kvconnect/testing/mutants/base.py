@@ -97,7 +97,12 @@ class Right(Connector):
 
     Options = RightOptions
     capabilities = Capabilities(
-        async_load=True, several_groups=True, several_ranks=True, needs=("handshake", "reports")
+        async_load=True,
+        several_groups=True,
+        several_ranks=True,
+        batch_claim=True,
+        suspend=True,
+        needs=("handshake", "reports"),
     )
     leader: type[OffloadLeader] = OffloadLeader
     worker: type[OffloadWorker] = OffloadWorker

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import msgspec
 import torch
 
 from kvconnect.errors import MetadataError
-from kvconnect.leader import OffloadLeader
+from kvconnect.leader import Leader, OffloadLeader
 from kvconnect.protocol import Finished, Match
 from kvconnect.testing.leader import LeaderTests
 from kvconnect.testing.mutants.base import Right, leader, mutant, worker
@@ -167,25 +168,38 @@ class HasWorkAtTheStart(Right):
     leader = leader(has_pending_work=lambda self: bool(self._off) or OffloadLeader.has_pending_work(self))
 
 
+def _plain(**members: Any) -> type[OffloadLeader]:
+    """Return the offload leader with the base's claims and suspension, which refuse, or with other methods."""
+    names = ("claim_match", "release_match", "suspend", "prefetch", "resume", "resize_tier")
+    return leader(**{name: getattr(Leader, name) for name in names} | members)
+
+
+class Plain(Right):
+    """Neither claims nor suspends, and says so."""
+
+    capabilities = msgspec.structs.replace(Right.capabilities, batch_claim=False, suspend=False)
+    leader = _plain()
+
+
 @mutant(LeaderTests.test_undeclared_batch_claim_is_refused, "claim_match to raise UnsupportedError.*got 4.*declare")
-class PretendsToClaim(Right):
+class PretendsToClaim(Plain):
     """Says that it holds what it was offered, and holds nothing."""
 
-    leader = leader(claim_match=lambda self, request, num_tokens: num_tokens)
+    leader = _plain(claim_match=lambda self, request, num_tokens: num_tokens)
 
 
 @mutant(LeaderTests.test_undeclared_suspend_is_refused, "suspend to raise UnsupportedError.*got False")
-class PretendsToSuspend(Right):
+class PretendsToSuspend(Plain):
     """Answers that there is no room, where it cannot suspend at all."""
 
-    leader = leader(suspend=lambda self, request, block_ids, num_tokens: False)
+    leader = _plain(suspend=lambda self, request, block_ids, num_tokens: False)
 
 
 @mutant(LeaderTests.test_undeclared_suspend_is_refused, "resize_tier to raise UnsupportedError.*got True")
-class PretendsToResize(Right):
+class PretendsToResize(Plain):
     """Says that it has resized a tier, and has not."""
 
-    leader = leader(resize_tier=lambda self, tier, num_bytes: True)
+    leader = _plain(resize_tier=lambda self, tier, num_bytes: True)
 
 
 @mutant(LeaderTests.test_leader_shuts_down_twice, "AttributeError.*_lookup")

@@ -14,6 +14,8 @@ for _name in (
     "loads",
     "saves",
     "life",
+    "claims",
+    "suspension",
     "engines",
     "stores",
     "holds",
