@@ -226,9 +226,9 @@ class KVCacheManager:
             if now != estimate.matched:  # the offer counts from another block: it is asked for anew
                 estimate = self.estimate(request) or Estimate(now, 0, False, None)
         pages: list[list[int]] = [[] for _ in self.cache.pools]
-        reach = estimate.num_computed(size)
         for group, pool in enumerate(self.cache.pools):
-            for block in range(self.cache.first_needed(group, reach), estimate.matched):
+            # as far back as a window reaches if no more than this is had in the end
+            for block in range(self.cache.first_needed(group, estimate.matched * size), estimate.matched):
                 page = pool.find(request.chain.hashes[block])
                 pool.hold(page)
                 pages[group].append(page)

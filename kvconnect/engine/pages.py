@@ -146,7 +146,9 @@ class PagedCache:
     def match_partial(
         self, chain: BlockChain, tokens: Sequence[int], num_blocks: int, max_tokens: int
     ) -> PartialMatch | None:
-        """Find pages that begin like what follows a sequence's first blocks.
+        """Find pages that begin like what follows a sequence's first blocks; they share fewer tokens than a block.
+
+        A whole block can lie there too, where the connector brought those before it; it is used but for its last token.
 
         Args:
             chain: Of the sequence.
@@ -156,7 +158,7 @@ class PagedCache:
         """
         parent = chain.hashes[num_blocks - 1] if num_blocks else chain.root
         start = num_blocks * self.block_size
-        wanted = tuple(tokens[start : min(start + self.block_size, max_tokens)])
+        wanted = tuple(tokens[start : min(start + self.block_size - 1, max_tokens)])
         best: PartialMatch | None = None
         for _, block in self.pools[0].continuing(parent):
             shared = _common_prefix(block.tokens, wanted)

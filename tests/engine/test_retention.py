@@ -256,3 +256,24 @@ def test_warming_up_computes_and_leaves_nothing() -> None:
         assert stats["leader"]["requests"] == 0
         assert llm.generate([[0] * 100], SamplingParams(max_tokens=1))[0].computed_tokens == 100
         llm.warm_up()
+
+
+def test_whole_block_behind_loaded_ones_is_used_but_for_its_last_token() -> None:
+    prompt = list(range(30))
+    with paged_engine(num_pages=20) as engine:
+        engine.serve(prompt, retention=Retention(decode_priority=0))
+        pool = engine.cache.pools[0]
+        hashes = engine.request(prompt).chain.hashes
+        for number in (0, 1):  # the first two blocks are in host memory only, the others on the device too
+            page = pool.find(hashes[number])
+            pool.hold(page)
+            pool._forget(page, pool._blocks[page])
+            pool.release(page)
+        for number in range(3, 7):
+            page = pool.find(hashes[number])
+            pool.hold(page)
+            pool._forget(page, pool._blocks[page])
+            pool.release(page)
+        engine.offload._index.void(engine.offload._index.get(0, hashes[2]))
+        request = engine.serve(prompt)  # the runner compares every byte that is read
+        assert request.first_counts == (3, 8)
