@@ -211,7 +211,9 @@ class EngineCore:
         if self.scheduler.running or self.scheduler.parked:
             raise RuntimeError("suspend or finish the running requests first")
         if level == CacheLevel.DEVICE:
-            return self.cache.resize(num_bytes // self.cache.bytes_per_page)
+            num_pages = num_bytes // self.cache.bytes_per_page
+            fits = self.scheduler.longest <= num_pages * self.cache.block_size  # else it would wait for ever
+            return fits and self.cache.resize(num_pages)
         resized = self._leader is not None and self._leader.resize_tier(level - CacheLevel.HOST, num_bytes)
         if resized:
             self._advance(Batch(len(self.cache.pools)))  # workers learn what they need not keep

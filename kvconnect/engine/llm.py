@@ -257,7 +257,8 @@ class LLM:
             num_bytes: All layer groups and all ranks together; ``"1GiB"`` or a number.
 
         Returns:
-            False if what is needed does not fit, or the level cannot be so large; then all is as it was.
+            False if what is needed does not fit, a request that waits or is suspended never could, or the level cannot
+            be so large; then all is as it was.
 
         Raises:
             ConfigError: If a request runs, or there is no such level.

@@ -234,12 +234,10 @@ class PagedCache:
 
     def resize(self, num_pages: int) -> bool:
         """Use `num_pages` pages of every group; False, with nothing changed, if more are held in one of them."""
-        before = [pool.num_usable for pool in self.pools]
+        if any(not 0 < num_pages <= pool.num_pages or pool.num_held > num_pages for pool in self.pools):
+            return False
         for pool in self.pools:
-            if not pool.resize(num_pages):
-                for other, count in zip(self.pools, before, strict=True):
-                    other.resize(count)
-                return False
+            pool.resize(num_pages)
         return True
 
     def fill_fresh(self, fresh: Sequence[Sequence[int]]) -> None:

@@ -199,6 +199,11 @@ class Scheduler:
 
     def abort(self, request: EngineRequest) -> None:
         """End a request that is not finished, wherever it is; a finished one is left alone."""
+        if request in self.running and not request.num_computed:  # it holds pages, and nothing is in them
+            self.running.remove(request)
+            self._cache.release_all(request.tables)
+            request.reset()
+            self.waiting.appendleft(request)
         if request in self.waiting:  # it holds no pages
             self.waiting.remove(request)
             if self._leader is not None:
@@ -237,6 +242,12 @@ class Scheduler:
     def saves(self, request_id: str) -> bool:
         """Say whether a request's pages wait for their saves."""
         return request_id in self._saving
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest request will have that is not finished."""
+        requests = (*self.waiting, *self.running, *self.parked.values(), *self.suspended.values())
+        return max((request.num_prompt_tokens + request.params.max_tokens for request in requests), default=0)
 
     @property
     def num_saving(self) -> int:

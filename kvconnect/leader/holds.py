@@ -128,6 +128,8 @@ class StoreHolds:
             return
         self._under_way.discard(tier)
         answers = event.result if event.outcome is Outcome.DONE else [False] * len(asked)
+        if event.outcome is not Outcome.DONE:  # some may be held all the same
+            self._releasing[tier] += asked
         for block, held in zip(asked, answers, strict=False):  # renewed ones stand behind those that were asked for
             if held:
                 self._held[tier][block] = self._held[tier].get(block, 0) + 1
@@ -147,6 +149,15 @@ def _exchange(
     flat = [key for each in wanted for key in each]
     answers = iter(_whole(store.hold(flat, ttl_s), len(flat), "hold") if flat else ())
     by_block = [[next(answers) is True for _ in each] for each in wanted]
+    halves = [
+        key
+        for keys, shards in zip(wanted, by_block, strict=True)
+        if not all(shards)
+        for key, held in zip(keys, shards, strict=True)
+        if held
+    ]
+    if halves:  # what is there of a block that is not whole is of no use to anybody
+        store.release(halves)
     return [all(shards) for shards in by_block]
 
 

@@ -267,6 +267,8 @@ class BlockIndex:
 
     def commit(self, entry: Entry) -> None:
         """Make the block matchable: its bytes are in the slot on every rank."""
+        if entry.state is State.GONE:  # it was voided while its step was under way
+            return
         self._move(entry, State.READY)
         self._ready[entry.group].add(entry.block_hash)
         if entry.duration_s is not None:

@@ -174,6 +174,7 @@ class OffloadLeader(Leader):
         old = self._requests.pop(request.request_id, None)
         if old is not None:  # an id that comes back without having ended
             self._drop(old)
+            self._suspended.forget(old)
         chain: BlockChain | None = None
         if request.uncacheable or request.cache == "none":
             self._counts["requests_not_cached"] += 1
@@ -289,6 +290,8 @@ class OffloadLeader(Leader):
         if state is None:
             return
         self._drop(state)
+        if request.request_id in self._parked:  # the engine has given it other pages
+            self._parked[request.request_id].drop()
         self._suspended.end(state.request_id)
         state.looked_up = False
         state.loads_below = None
@@ -333,7 +336,8 @@ class OffloadLeader(Leader):
         if not all(rank.slot_bytes for rank in self._ranks):
             return False
         gone = self._index.resize(min(num_bytes // rank.num_sharing // rank.slot_bytes for rank in self._ranks))
-        self._unused += gone or ()
+        if gone is not None:
+            self._unused = gone  # after a grow none: what was put away before may be in use again
         return gone is not None
 
     # -- one step ------------------------------------------------------------------------------------------------
@@ -427,6 +431,8 @@ class OffloadLeader(Leader):
             state.stop_caching()
         self._saves.drop_ended()
         self._suspended.lose_all()
+        for parked in self._parked.values():
+            parked.give_up()
         self._ledger.void_open_steps()
         self._traffic.fail_promotions()
         self._index.clear()

@@ -45,6 +45,7 @@ class ParkedLoad:
         self.request = request
         self.ended = False
         self._left = [_Block(group, ordinal, page, request.hash_of(group, ordinal)) for group, ordinal, page in blocks]
+        self._chain = request.chain  # another one, or none, later: what is known of its tokens has changed
         self._patience_s = patience_s
         self._deadline = time.monotonic() + patience_s
         self._all_coming_at = -1  # `TierTraffic.num_ended` when all that was left was on its way up
@@ -60,7 +61,7 @@ class ParkedLoad:
         wanted: list[tuple[int, int, int]] = []
         first_bad: int | None = None
         all_coming = True
-        late = time.monotonic() > self._deadline or self.request.stopped
+        late = time.monotonic() > self._deadline or self.request.chain is not self._chain
         if self._all_coming_at == traffic.num_ended and not late:
             return loads, fails
         for block in self._left:
@@ -90,6 +91,11 @@ class ParkedLoad:
             traffic.want(self.request, wanted)
         self.ended = not left
         return loads, fails
+
+    def give_up(self) -> None:
+        """Load nothing more, and name what is left as failed."""
+        self._all_coming_at = -1
+        self._deadline = 0.0
 
     def fail_again(self, lost: Sequence[PlannedLoad]) -> None:
         """Take back loads of a step that failed as a whole: they will be named as failed."""

@@ -62,7 +62,6 @@ class RequestState:
         suspended: While it is suspended, the hash of each block by (group, ordinal): private ones are in no chain.
         below: Blocks, (group, hash), that a store holds for it since it was suspended, and which tier.
         give_up_at: Monotonic time after which it waits no longer for promotions, 0 while it has not begun.
-        stopped: Whether it is cached no longer: what is known of its tokens is not certain.
         void_until: Saves of steps up to this one are void: they may have been computed on garbage.
     """
 
@@ -87,7 +86,6 @@ class RequestState:
         "reads",
         "request_id",
         "retention",
-        "stopped",
         "suspended",
         "tokens",
         "tried",
@@ -128,7 +126,6 @@ class RequestState:
         self.claimed: list[Entry] = []
         self.suspended: dict[tuple[int, int], BlockHash] = {}
         self.below: dict[tuple[int, BlockHash], int] = {}
-        self.stopped = False
         self.give_up_at = 0.0
         self.void_until = -1
 
@@ -183,7 +180,6 @@ class RequestState:
     def stop_caching(self) -> None:
         """Neither load nor save for this request any more: what is known of its tokens is not certain."""
         self.chain = None
-        self.stopped = True
         self.reads = self.writes = False
 
     def let_go(self, index: BlockIndex) -> None:

@@ -170,18 +170,23 @@ class Suspensions:
             for block in each.blocks:
                 if block.planned:
                     continue
-                if block.entry is None:  # the step that had its save failed, and the page is still there
-                    wanted = each.state.new_block(block.group, block.ordinal)
-                    block.entry = self._index.reserve(
-                        wanted.block_hash, wanted.group, State.RESERVED, wanted.parent, *wanted.rank
-                    )
-                    if block.entry is None:
-                        continue
-                    self._index.claim(block.entry)
+                entry = block.entry or self._reserve_again(each.state, block)
+                if entry is None:
+                    continue
                 block.planned = True
-                planned.append((block.entry, block.ordinal))
-                draft.save(each.state, block.entry, block.page, block.ordinal)
+                planned.append((entry, block.ordinal))
+                draft.save(each.state, entry, block.page, block.ordinal)
         self._holds.submit()
+
+    def _reserve_again(self, state: RequestState, block: _Block) -> Entry | None:
+        """Take a slot for a block whose save came to nothing while its page is still there."""
+        if self._index.get(*block.name) is not None:  # somebody else's, and on its way: the next plan looks again
+            return None
+        wanted = state.new_block(block.group, block.ordinal)
+        block.entry = self._index.reserve(wanted.block_hash, wanted.group, State.RESERVED, wanted.parent, *wanted.rank)
+        if block.entry is not None:
+            self._index.claim(block.entry)
+        return block.entry
 
     def reported(self, request_ids: Iterable[str]) -> None:
         """Learn that every rank got a plan that names these requests: their pages are the engine's again."""
@@ -396,6 +401,8 @@ class Suspensions:
         if block.held_in >= 0:
             self._holds.let_go(block.held_in, block.name)
         entry = self._index.get(*block.name)
-        if entry is not None:
+        if entry is not None and entry.state is State.PROMOTING:
+            entry.failed = True  # a store still reads into its slot: it goes when every rank has said how that ended
+        elif entry is not None:
             self._index.void(entry)
         self._traffic.drop(*block.name)

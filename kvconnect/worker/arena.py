@@ -103,7 +103,11 @@ class Arena:
         )
 
     def give_back(self, slots: Sequence[int]) -> None:
-        """Return the memory of slots that hold nothing; it reads as zeros, and is taken again by the first write."""
+        """Return the memory of slots that hold nothing; it reads as zeros, and is taken again by the first write.
+
+        From then on no slot's pages are made ahead: who gave some back does not want them made again.
+        """
+        self._touched = self.num_slots
         for number in () if self._pinned else slots:
             self._madvise(number, number + 1, _DONTNEED)
 

@@ -193,6 +193,8 @@ class OffloadWorker(Worker):
     def start_load_kv(self) -> None:
         """Fill pages from slots, then start the store traffic in the background. Applied once a plan."""
         assert self._transfers is not None, "register_kv_caches comes first"
+        if self._now.unused:
+            self._give_back()  # before anything of this plan may use one of them
         for move in self._now.take("fails"):
             self._load_failed(move)
         self._load(self._now.take("loads"))
@@ -203,8 +205,6 @@ class OffloadWorker(Worker):
             self._transfers.promote(tier, [self._frame(move) for move in moves])
         for tier, moves in _by_target(self._now.take("demotes")).items():
             self._transfers.demote(tier, [self._frame(move) for move in moves])
-        if self._now.unused:
-            self._give_back()
         for tier, moves in _by_target(self._now.take("drops")).items():
             self._transfers.drop(tier, [self._key(move) for move in moves])
 

@@ -127,7 +127,7 @@ def test_every_byte_comes_back_whatever_may_be_shared(tmp_path: Path, shape: str
 def test_resize_quota(tmp_path: Path) -> None:
     """TensorRT-LLM's `test_resize_quota`, a quarter of a mebibyte being a page: 64 to 32, 128 to 16, 128 to 64."""
     with paged_engine(connectors(tmp_path, disk_blocks=128), num_pages=64, max_batch_tokens=256) as engine:
-        requests = [started(engine, tokens(10 + i, 117), 20) for i in range(2)]
+        requests = [started(engine, tokens(10 + i, 105), 20) for i in range(2)]
         first, second = (handle(engine, request) for request in requests)
         assert first.suspend()
         assert second.suspend()
@@ -140,7 +140,7 @@ def test_resize_quota(tmp_path: Path) -> None:
         assert engine.arena()["slots"] == 16
         for level in (CacheLevel.HOST, CacheLevel.DISK):
             assert not engine.core.resize(level, SLOT // 2)
-        assert not engine.core.resize(CacheLevel.DISK, 40 * SLOT)  # sixty blocks are held there
+        assert not engine.core.resize(CacheLevel.DISK, 40 * SLOT)  # more blocks are held there
         assert first.resume()
         engine.settle()
         assert first.status == "running"

@@ -79,3 +79,11 @@ def test_memory_of_slots_that_are_not_used_is_given_back_and_can_be_had_again() 
     ]
     arena.slot(31)[:4] = b"back"
     assert bytes(arena.slot(31)[:4]) == b"back"
+
+
+def test_memory_that_was_given_back_is_not_made_ahead() -> None:
+    arena = Arena(64 * PAGE_BYTES, 100, pinned=False)
+    made: list[object] = []
+    arena.give_back(range(60))
+    arena.touch_ahead([0, 1], made.append)
+    assert made == []
