@@ -64,9 +64,10 @@ def test_policy_decides_by_measured_rates(
     assert output.token_ids == references["llama"](PROMPT, 2)
     measured = stats["load_cost"]
     assert stats["load_policy"] == policy
-    assert measured["compute_s_per_token"] == pytest.approx(step_s / 256, rel=0.5)
+    # no less than what was slept; a machine that is busy adds to it
+    assert 0.5 * step_s / 256 <= measured["compute_s_per_token"] <= 5 * step_s / 256
     if throttled:
-        assert measured["stores"][0]["read_s_per_block"] == pytest.approx(0.02, rel=0.5)
+        assert 0.01 <= measured["stores"][0]["read_s_per_block"] <= 0.1
     if loads:
         assert output.loaded_tokens == 400
         assert measured["loads_refused"] == 0
