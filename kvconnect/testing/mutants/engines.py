@@ -88,16 +88,18 @@ class ComputesWhatIsLoaded(_Changed):
     """Has a prefix loaded, and computes it all the same."""
 
     def change(self) -> None:
-        allocate = self.scheduler._allocate
+        add = self.core.manager.add_sequences
 
-        def allocated(request: Any, matched: int, loaded: int, budget: int) -> Any:
-            found = allocate(request, matched, loaded, budget)
-            if found is None or not loaded:
-                return found
-            computed, count, fresh = found
-            return computed - loaded, min(count + loaded, budget), fresh
+        def added(batch: Any) -> Any:
+            return [
+                each._replace(
+                    start=each.start - each.request.num_loaded,
+                    num_tokens=min(each.num_tokens + each.request.num_loaded, self.scheduler.max_batch_tokens),
+                )
+                for each in add(batch)
+            ]
 
-        self.scheduler._allocate = allocated
+        self.core.manager.add_sequences = added
 
 
 @mutant(EngineTests.test_offer_becomes_the_allocation, "num_external_tokens to be 4", parameters={"offered": 1})

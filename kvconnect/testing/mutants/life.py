@@ -312,7 +312,7 @@ def _evict_claimed(self: Any, per_rank: Any) -> None:
 
     def careless(entry: Any) -> None:
         claim(entry)
-        index._evictable[entry.slot] = entry
+        index._evictable.offer(entry.key, entry.priority)
 
     index.claim = careless
 

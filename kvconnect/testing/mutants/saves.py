@@ -216,12 +216,7 @@ class LeaksAClaim(Right):
 
 def _never_evict(self: Any, per_rank: Any) -> None:
     OffloadLeader.set_handshake_metadata(self, per_rank)
-    self._index._evictable = _Nobody()
-
-
-class _Nobody(dict):  # type: ignore[type-arg]
-    def __bool__(self) -> bool:
-        return False
+    self._index._evict = lambda: False
 
 
 @mutant(SaveTests.test_full_cache_takes_new_blocks, "tokens loaded of prompt")
