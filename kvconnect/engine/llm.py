@@ -277,7 +277,12 @@ class LLM:
 
         Args:
             num_tokens: How long it is; as many tokens as a step computes if None.
+
+        Raises:
+            ConfigError: If there are requests already, or it is too long.
         """
+        if self._requests:
+            raise ConfigError("warm up before the first request, or when all are finished")
         most = min(self._core.scheduler.max_batch_tokens, self._core.cache.pools[0].num_usable * self.block_size - 1)
         if self._max_model_len is not None:
             most = min(most, self._max_model_len - 1)

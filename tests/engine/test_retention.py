@@ -256,6 +256,9 @@ def test_warming_up_computes_and_leaves_nothing() -> None:
         assert stats["leader"]["requests"] == 0
         assert llm.generate([[0] * 100], SamplingParams(max_tokens=1))[0].computed_tokens == 100
         llm.warm_up()
+        llm.add_request([1, 2, 3])
+        with pytest.raises(ConfigError, match="before the first request"):
+            llm.warm_up()
 
 
 def test_whole_block_behind_loaded_ones_is_used_but_for_its_last_token() -> None:
