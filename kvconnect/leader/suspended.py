@@ -46,7 +46,7 @@ class _Block:
     def __init__(self, group: int, ordinal: int, page: int, block_hash: BlockHash) -> None:
         self.group = group
         self.ordinal = ordinal
-        self.page = page  # until every rank has read it
+        self.page = page  # its own until every rank has read it: while plans name the request
         self.block_hash = block_hash
         self.entry: Entry | None = None
         self.planned = False  # its save was planned, or needs none
@@ -194,9 +194,6 @@ class Suspensions:
             each = self._requests.get(request_id)
             if each is not None:
                 each.named = False
-                for block in each.blocks:
-                    block.page = -1
-                    block.planned = True
 
     def closed(self, committed: Iterable[Entry], voided: Iterable[Entry]) -> None:
         """Learn what became of saves, after `TierTraffic.demote`."""
@@ -208,7 +205,7 @@ class Suspensions:
             for block in self._blocks.get((entry.group, entry.block_hash), ()):
                 if block.entry is entry:
                     self._unclaim(block)
-                    block.planned = block.page < 0
+                    block.planned = False  # while plans name the request its page is still there
 
     def prefetch(self, request_id: str, tier: int) -> bool:
         """Take slots for every block that lies below `tier`, all or none; the next plan promotes them, in one batch.

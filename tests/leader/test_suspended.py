@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from kvconnect.leader.index import State
 from kvconnect.protocol import BlockKey, Plan, RequestView
 from kvconnect.protocol.messages import pack_ints
 from kvconnect.store import StoreCapabilities, Tier, TierOptions
@@ -160,6 +161,27 @@ def test_block_that_could_not_be_read_once_is_read_again_at_the_next_resume(stor
         if attempt == 0:
             assert script.leader.suspend(view, [[0, 1, 2]], len(TOKENS))
             script.report(script.plan())
+    script.leader.shutdown()
+
+
+def test_prefetch_makes_room_at_the_cost_of_others(store: type[HoldingStore]) -> None:
+    script = script_over(store)
+    view = suspended(script)
+    script.report(step_until(script, lambda: claimed(script) == 0))
+    index = script.leader._index
+    assert index.resize(5) is not None
+    mine = [index.get(0, name) for name in script.leader._requests["r"].hashes]
+    lost = mine[2]
+    assert lost is not None
+    index.void(lost)
+    other = script.arrive("other", [7] * (3 * SIZE), cache="write")
+    script.alloc(other, 0)
+    script.report(script.plan((other, 0, 3 * SIZE)))
+    demoted(script)
+    assert index.counts()["free"] == 0  # three blocks of the other's, and the two of ours, which are older
+    assert script.leader.prefetch(view, 0)
+    assert [entry.state for entry in mine[:2] if entry is not None] == [State.READY] * 2
+    assert len(script.plan().promotes.unpack()) == 1
     script.leader.shutdown()
 
 
