@@ -50,8 +50,10 @@ class Program:
         suspended = sequence is not None and sequence.status == "suspended"
         if act == "add" and len(alive) < 8:
             prompt = rng.choice([[], *self.stems]) + [rng.randrange(97) for _ in range(rng.randrange(1, 25))]
+            prompt, max_tokens = prompt[: self.longest], rng.randrange(1, 9)
             cache = rng.choice(["both"] * 4 + ["read", "write", "none"])
-            self.requests.append(engine.add(prompt[: self.longest], rng.randrange(1, 9), cache=cache))
+            if len(prompt) + max_tokens <= engine.cache.pools[0].num_usable * BLOCK:  # else `LLM` refuses it
+                self.requests.append(engine.add(prompt, max_tokens, cache=cache))
         elif act == "suspend" and sequence is not None and sequence.status in ("running", "waiting"):
             sequence.suspend()
         elif act == "prefetch" and sequence is not None and suspended:

@@ -39,6 +39,8 @@ def suspend_and_resume(path: str, started: Connection) -> None:
             llm.step()
             assert sequence.suspend()
             assert sequence.wait()
+            started.send("below")
+            time.sleep(0.05)
             assert sequence.resume()
             while sequence.status != "finished":
                 llm.step()
@@ -81,7 +83,10 @@ def test_killed_while_blocks_migrate(tmp_path: Path, references: dict[str, Refer
         process.start()
         other.close()
         assert mine.recv() == "ready"
-        time.sleep(rng.random() * 0.6)
+        if number % 2:
+            time.sleep(rng.random() * 0.6)
+        else:  # while all of a conversation is below, its partial block too
+            assert mine.recv() == "below"
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
