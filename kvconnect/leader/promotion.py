@@ -272,7 +272,7 @@ class TierTraffic:
         assert entry is not None, "a slot was given away while it was being written to a store"
         if failed:
             self.not_demoted += 1
-            if is_private(entry.block_hash):  # the other ranks' shards are of no use to anybody
+            if is_private(entry.block_hash) and len(failed) < self._num_ranks:  # the others' shards are of no use
                 self._drops.append(Move(entry.block_hash, entry.group, -1, tier))
         else:
             self.demoted += 1

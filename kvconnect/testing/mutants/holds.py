@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,6 +20,10 @@ from kvconnect.testing.mutants.stores import CappedFolderStore, FolderStore
 from kvconnect.testing.store import StoreTests
 
 __all__ = ["HoldingFolderStore", "ResizingFolderStore"]
+
+
+# The leader holds on one thread while a worker evicts on another: a key must not go between the look and the record.
+_EVICTION = threading.RLock()
 
 
 class HoldingFolderStore(CappedFolderStore):
@@ -36,11 +41,16 @@ class HoldingFolderStore(CappedFolderStore):
         return self.folder.with_name(f"{self.folder.name}-{what}")
 
     def hold(self, keys: Sequence[BlockKey], ttl_s: float) -> Sequence[bool]:
-        there = self.contains(keys)
-        for key, found in zip(keys, there, strict=True):
-            if found:
-                self.put(self.own / key.hex(), time.time() + ttl_s)
-        return there
+        with _EVICTION:
+            there = self.contains(keys)
+            for key, found in zip(keys, there, strict=True):
+                if found:
+                    self.put(self.own / key.hex(), time.time() + ttl_s)
+            return there
+
+    def make_room(self, size: int) -> bool:
+        with _EVICTION:
+            return super().make_room(size)
 
     def put(self, record: Path, end: float) -> None:
         record.touch()
