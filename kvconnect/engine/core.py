@@ -189,16 +189,16 @@ class EngineCore:
         self._settle_steps()
         if request not in self.scheduler.running and request not in self.scheduler.waiting:
             return False
-        if not self._when_settled(lambda: self.scheduler.suspend(request)):
+        if not self.idle_until(lambda: self.scheduler.suspend(request)):
             return False
-        if not self._idle_until(lambda: not self.scheduler.saves(request.request_id)):
+        if not self.idle_until(lambda: not self.scheduler.saves(request.request_id)):
             raise RuntimeError(f"the pages of {request.request_id} were not read within {_SETTLE_S:.0f} s")
         return True
 
     def prefetch(self, request: EngineRequest, level: int) -> bool:
         """Have a suspended request's blocks brought up to `level`, from the next step on; False if there is no room."""
         leader, view = self._leader, request.view()
-        return leader is not None and self._when_settled(lambda: leader.prefetch(view, level - CacheLevel.HOST))
+        return leader is not None and self.idle_until(lambda: leader.prefetch(view, level - CacheLevel.HOST))
 
     def resize(self, level: int, num_bytes: int) -> bool:
         """Give a level another size, after what the connector is doing has ended; False leaves all as it was.
@@ -207,7 +207,7 @@ class EngineCore:
             RuntimeError: If a request holds pages.
         """
         self._settle_steps()
-        self._idle_until(lambda: not self.has_connector_work)
+        self.idle_until(lambda: not self.has_connector_work)
         if self.scheduler.running or self.scheduler.parked:
             raise RuntimeError("suspend or finish the running requests first")
         if level == CacheLevel.DEVICE:
@@ -216,7 +216,7 @@ class EngineCore:
             return fits and self.cache.resize(num_pages)
         resized = self._leader is not None and self._leader.resize_tier(level - CacheLevel.HOST, num_bytes)
         if resized:
-            self._advance(Batch(len(self.cache.pools)))  # workers learn what they need not keep
+            self.idle()  # workers learn what they need not keep
         return resized
 
     @property
@@ -243,19 +243,13 @@ class EngineCore:
         """Run a step that computes nothing, for what moves between the connector's tiers."""
         self._advance(Batch(len(self.cache.pools)))
 
-    def _idle_until(self, done: Callable[[], bool]) -> bool:
-        """Run steps that compute nothing until `done`; False if it takes too long."""
-        deadline = time.monotonic() + _SETTLE_S
-        while not done():
-            if time.monotonic() > deadline:
-                return False
-            self.idle()
-        return True
+    def idle_until(self, done: Callable[[], bool], timeout_s: float = _SETTLE_S) -> bool:
+        """Run steps that compute nothing until `done`; False if nothing moves any more, or it takes too long.
 
-    def _when_settled(self, act: Callable[[], bool]) -> bool:
-        """Do something for which there may be room once what is on its way to a store has arrived there."""
-        deadline = time.monotonic() + _SETTLE_S
-        while not act():
+        `done` may be an attempt for which there is room once what is on its way to a store has arrived there.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not done():
             if not self.has_connector_work or time.monotonic() > deadline:
                 return False
             self.idle()

@@ -296,8 +296,8 @@ class KVCacheManager:
         if not told and estimate.loaded:  # the leader failed: nothing will be loaded into these pages
             self.cache.release_all(request.tables)
             request.failed_loads += estimate.parks
-            claim.estimate = estimate._replace(loaded=0, parks=False, partial=None)
-            self._drop_partial_of(estimate)
+            self._drop_partial(claim)
+            claim.estimate = claim.estimate._replace(loaded=0, parks=False)
             return self._admit(claim)
         counts = self._counts_of(request, estimate, fresh)
         if estimate.partial is not None:
@@ -308,12 +308,6 @@ class KVCacheManager:
         request.num_reused = start - estimate.loaded
         request.num_loaded = estimate.loaded
         return Admission(request, start, count, estimate.parks, fresh, counts)
-
-    def _drop_partial_of(self, estimate: Estimate) -> None:
-        if estimate.partial is not None:
-            for pool, page in zip(self.cache.pools, estimate.partial.pages, strict=True):
-                if page != NO_PAGE:
-                    pool.release(page)
 
     def _tell(self, request: EngineRequest, loaded: int) -> bool:
         if self._leader is None or request.dummy:

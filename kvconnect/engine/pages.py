@@ -164,11 +164,10 @@ class PagedCache:
             shared = _common_prefix(block.tokens, wanted)
             if not shared or (best is not None and shared <= best.num_tokens):
                 continue
+            needed = [num_blocks >= self.first_needed(group, start + shared) for group in range(len(self.pools))]
             pages = tuple(
-                pool.find(block.block_hash) if num_blocks >= self.first_needed(group, start + shared) else NO_PAGE
-                for group, pool in enumerate(self.pools)
+                pool.find(block.block_hash) if need else NO_PAGE for pool, need in zip(self.pools, needed, strict=True)
             )
-            needed = [num_blocks >= self.first_needed(group, start + shared) for group in range(len(pages))]
             if all(page != NO_PAGE for page, need in zip(pages, needed, strict=True) if need):
                 best = PartialMatch(pages, shared)
         return best

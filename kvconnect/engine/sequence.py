@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 
 from kvconnect.engine.config import CacheLevel
@@ -113,12 +112,7 @@ class Sequence:
 
     def wait(self, timeout_s: float = 30.0) -> bool:
         """Run steps that compute nothing until nothing moves between the tiers; False if the time is over before."""
-        deadline = time.monotonic() + timeout_s
-        while self._core.has_connector_work:
-            if time.monotonic() > deadline:
-                return False
-            self._core.idle()
-        return True
+        return self._core.idle_until(lambda: not self._core.has_connector_work, timeout_s)
 
     def blocks_by_level(self) -> dict[str, int]:
         """Return how many of its blocks, of all layer groups, lie at which highest level, by the level's name.

@@ -292,10 +292,10 @@ class Suspensions:
             for block in each.blocks:
                 self._unlist(block)
                 self._unclaim(block)
-                if block.held_in >= 0:
-                    self._holds.let_go(block.held_in, block.name)
                 if is_private(block.block_hash):
                     self._remove(block)
+                elif block.held_in >= 0:
+                    self._holds.let_go(block.held_in, block.name)
             each.blocks = []
 
     def get_stats(self) -> dict[str, dict[str, object]]:
