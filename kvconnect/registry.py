@@ -42,9 +42,9 @@ OFFLOAD_CONNECTOR = "host"
 
 # Where to get what is not installed.
 _INSTALL_HINTS = {
-    "redis": "it comes with a later version",
-    "s3": "it comes with a later version",
-    "mooncake": "it comes with a later version",
+    "redis": 'pip install "kvconnect[redis]"',
+    "s3": 'pip install "kvconnect[s3]"',
+    "mooncake": 'pip install "kvconnect[mooncake]", or mooncake-transfer-engine-non-cuda on a machine without a GPU',
     "sqlite": "pip install ./examples/custom_connector (from kvconnect's source)",
 }
 

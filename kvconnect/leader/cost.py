@@ -63,12 +63,12 @@ class TimeBySize:
 class LoadCost:
     """Decides for the leader; one a connector."""
 
-    def __init__(self, tiers: Sequence[Tier], call_blocks: int, max_batch_tokens: int = 0) -> None:
+    def __init__(self, tiers: Sequence[Tier], call_blocks: Sequence[int], max_batch_tokens: int = 0) -> None:
         """Know nothing yet.
 
         Args:
             tiers: The stores, by number.
-            call_blocks: Blocks that a worker reads in one call, see `blocks_a_call`.
+            call_blocks: Of each, the blocks that a worker reads in one call, see `Tier.blocks_a_call`.
             max_batch_tokens: Tokens that the engine computes in one step, 0 if it did not say.
         """
         self._tiers = tiers
@@ -110,7 +110,7 @@ class LoadCost:
         """
         blocks = Counter(tier for tier, _, _ in wanted)
         unknown = {tier for tier in blocks if time.monotonic() - self._reads[tier].seen_at > _FRESH_S}
-        if unknown and any(blocks[tier] > self._call_blocks for tier in unknown):
+        if unknown and any(blocks[tier] > self._call_blocks[tier] for tier in unknown):
             self._counts["probes"] += 1
             return self._probe(wanted, unknown)
         load_s, compute_s = self.load_seconds(blocks, queued), self.compute_seconds(num_tokens)
@@ -134,8 +134,9 @@ class LoadCost:
         """
         slowest = 0.0
         for tier, count in blocks.items():
-            calls, rest = divmod(count + queued[tier], self._call_blocks)
-            total = calls * self._reads[tier].seconds(self._call_blocks) + self._reads[tier].seconds(rest)
+            call_blocks = self._call_blocks[tier]
+            calls, rest = divmod(count + queued[tier], call_blocks)
+            total = calls * self._reads[tier].seconds(call_blocks) + self._reads[tier].seconds(rest)
             together = max(1, min(calls + (rest > 0), self._tiers[tier].store_class.capabilities.concurrency))
             slowest = max(slowest, total / together)
         return slowest
@@ -155,10 +156,10 @@ class LoadCost:
         stores = [
             {
                 "name": tier.name,
-                "read_s_per_block": reads.seconds(self._call_blocks) / self._call_blocks,
+                "read_s_per_block": reads.seconds(blocks) / blocks,
                 "fresh": now - reads.seen_at <= _FRESH_S,
             }
-            for tier, reads in zip(self._tiers, self._reads, strict=True)
+            for tier, reads, blocks in zip(self._tiers, self._reads, self._call_blocks, strict=True)
         ]
         size = self._max_batch_tokens or max(1.0, self._steps.largest)
         return {
@@ -174,7 +175,7 @@ class LoadCost:
         chosen = []
         for block in wanted:
             tier = block[0]
-            if tier in unknown and taken[tier] < self._call_blocks:
+            if tier in unknown and taken[tier] < self._call_blocks[tier]:
                 taken[tier] += 1
                 chosen.append(block)
         return chosen

@@ -46,7 +46,6 @@ from kvconnect.protocol import (
 )
 from kvconnect.protocol.messages import unpack_ints
 from kvconnect.protocol.retention import check_priority
-from kvconnect.store import blocks_a_call
 
 __all__ = ["OffloadLeader"]
 
@@ -149,8 +148,10 @@ class OffloadLeader(Leader):
             partial(StoreHolds, self._lookup, tiers, self._namespace, self._shards),
         )
         self._unused: list[int] = []  # slots that the next plan names as such
-        call_blocks = blocks_a_call(max((group.payload_bytes for group in groups), default=1))
-        self._cost = LoadCost(self._context.tiers, call_blocks, self._context.engine.max_batch_tokens)
+        largest = max((group.payload_bytes for group in groups), default=1)
+        self._cost = LoadCost(
+            tiers, [tier.blocks_a_call(largest) for tier in tiers], self._context.engine.max_batch_tokens
+        )
 
     def _disagreement(self, ranks: Sequence[Handshake]) -> str:
         if len(ranks) != self._context.num_ranks:

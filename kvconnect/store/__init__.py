@@ -3,7 +3,7 @@
 from kvconnect.store.base import BlockStore, StoreCapabilities, StoreContext
 from kvconnect.store.frame import HEADER_BYTES, FrameHeader, compress_frame, decompress_payload, open_frame, seal_frame
 from kvconnect.store.threads import CallEvent, Outcome, StoreThreads
-from kvconnect.store.tier import Tier, TierOptions, blocks_a_call
+from kvconnect.store.tier import Tier, TierOptions
 from kvconnect.store.wrapper import WrapperStore
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "Tier",
     "TierOptions",
     "WrapperStore",
-    "blocks_a_call",
     "compress_frame",
     "decompress_payload",
     "open_frame",

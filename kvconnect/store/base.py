@@ -24,6 +24,10 @@ class StoreCapabilities(msgspec.Struct, frozen=True, kw_only=True):
         holds: `hold`, `release` and `held` work.
         resizes: `resize` works.
         concurrency: Calls that may run at once; with 1, opening, every call and closing run on one thread.
+        call_bytes: About what one `read` or `write` moves at most: more where a call costs more than its bytes, less
+            where others wait for it.
+        call_blocks: Keys of one `read` or `write` at most.
+        gather_s: Seconds for which blocks wait for others, so that a `write` has more of them.
     """
 
     durable: bool = False
@@ -32,6 +36,9 @@ class StoreCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     holds: bool = False
     resizes: bool = False
     concurrency: int = 1
+    call_bytes: int = 8 << 20
+    call_blocks: int = 32
+    gather_s: float = 0.0
 
 
 class StoreContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +103,16 @@ class BlockStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the medium; twice is fine."""
+
+    def attach(self, memory: memoryview) -> None:  # noqa: B027 - optional: most media gain nothing
+        """Learn of the memory in which buffers and frames will lie, to prepare it where the medium gains by that.
+
+        Called at most once, after opening and before any other call, in processes that read and write. Not a promise:
+        other memory comes too, such as a packed copy of a frame.
+
+        Args:
+            memory: Writable bytes that stay where they are until `close` has returned. Not all of it need be in use.
+        """
 
     def scan(self) -> Iterator[BlockKey]:
         """Yield the keys that are there; capability `scans`.

@@ -61,12 +61,13 @@ class StoreThreads:
     Thread-safe for one owner: `submit` and `poll` are called from one thread, the work runs on others.
     """
 
-    def __init__(self, tier: Tier, role: str) -> None:
+    def __init__(self, tier: Tier, role: str, memory: memoryview | None = None) -> None:
         """Open the store.
 
         Args:
             tier: What to open.
             role: Who uses it, for thread names: ``leader`` or ``worker0``.
+            memory: Where the frames lie that it will read and write; None if it will not.
 
         Raises:
             StoreUnavailable: If it did not open, with the reason, or not within its deadline. A `KVConnectError` of its
@@ -74,6 +75,7 @@ class StoreThreads:
         """
         self.tier = tier
         self.timeout_s = tier.use.timeout_s
+        self._memory = memory
         self._queue: queue.PriorityQueue[tuple[int, int, _Call | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._lock = threading.Lock()
@@ -181,7 +183,10 @@ class StoreThreads:
     def _run(self, number: int) -> None:
         if number == 0:
             try:
-                self._store = self.tier.open()
+                opened = self.tier.open()
+                if self._memory is not None:
+                    opened.attach(self._memory)
+                self._store = opened
             except BaseException as error:  # handed to the constructor, which raises it
                 self._open_error = error
             self._opened.set()

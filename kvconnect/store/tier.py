@@ -10,11 +10,7 @@ from kvconnect.errors import ConfigError
 from kvconnect.options import Options
 from kvconnect.store.base import BlockStore, StoreContext
 
-__all__ = ["Tier", "TierOptions", "blocks_a_call"]
-
-# One store call moves at most this much, so that several threads share a long list and a deadline stays fair.
-_CALL_BYTES = 8 << 20
-_CALL_BLOCKS = 32
+__all__ = ["Tier", "TierOptions"]
 
 
 class TierOptions(Options, frozen=True):
@@ -64,7 +60,10 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
         """Open the store in this process, on the calling thread."""
         return self.store_class(self.options, StoreContext(name=self.name, timeout_s=self.use.timeout_s))
 
+    def blocks_a_call(self, payload_bytes: int) -> int:
+        """Return how many blocks of that size a worker moves in one call.
 
-def blocks_a_call(payload_bytes: int) -> int:
-    """Return how many blocks of that size a worker moves in one store call."""
-    return max(1, min(_CALL_BLOCKS, _CALL_BYTES // payload_bytes))
+        It is bounded, so that several threads share a long list and a deadline stays fair.
+        """
+        can = self.store_class.capabilities
+        return max(1, min(can.call_blocks, can.call_bytes // payload_bytes))

@@ -40,6 +40,10 @@ class WrapperStore(BlockStore):
         """Forward."""
         self.inner.close()
 
+    def attach(self, memory: memoryview) -> None:
+        """Forward."""
+        self.inner.attach(memory)
+
     def scan(self) -> Iterator[BlockKey]:
         """Forward."""
         return self.inner.scan()

@@ -75,6 +75,11 @@ class Arena:
         self._ahead = 0 if pinned else -(-_AHEAD_BYTES // self.slot_bytes)
         self._touched = self.num_slots if pinned else 0  # slots whose pages are there, or are being made
 
+    @property
+    def memory(self) -> memoryview:
+        """All slots' bytes, those in reserve too; they stay where they are."""
+        return self._bytes
+
     def touch_ahead(self, slots: Sequence[int], submit: Callable[[Callable[[], Any]], Any]) -> None:
         """Have the pages of slots that come next made in the background; low slots are handed out first.
 

@@ -157,7 +157,10 @@ class OffloadWorker(Worker):
             for group, order in zip(layout.groups, self._orders, strict=True)
         ]
         self._transfers = StoreTransfers(
-            self._context.tiers, f"worker{self._rank}", lambda order, frame: can_reorder(order, frame.order)
+            self._context.tiers,
+            f"worker{self._rank}",
+            self._arena.memory,
+            lambda order, frame: can_reorder(order, frame.order),
         )
 
     def get_handshake_metadata(self) -> bytes:

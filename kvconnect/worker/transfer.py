@@ -24,7 +24,6 @@ from kvconnect.store import (
     Outcome,
     StoreThreads,
     Tier,
-    blocks_a_call,
     compress_frame,
     decompress_payload,
     open_frame,
@@ -74,12 +73,15 @@ class _Batch(NamedTuple):
 class StoreTransfers:
     """A worker's opened stores."""
 
-    def __init__(self, tiers: Sequence[Tier], role: str, can_read: Callable[[str, SlotFrame], bool]) -> None:
+    def __init__(
+        self, tiers: Sequence[Tier], role: str, memory: memoryview, can_read: Callable[[str, SlotFrame], bool]
+    ) -> None:
         """Open every tier.
 
         Args:
             tiers: All tiers of the configuration, by number.
             role: Whose they are, for thread names.
+            memory: The arena, in which the frames lie.
             can_read: Whether a payload of that order can be loaded in place of the slot's own.
 
         Raises:
@@ -93,7 +95,7 @@ class StoreTransfers:
         self._seal_lock = threading.Lock()
         try:
             for tier in tiers:
-                self._stores.append(StoreThreads(tier, role))
+                self._stores.append(StoreThreads(tier, role, memory))
         except BaseException:
             self.close()
             raise
@@ -112,14 +114,14 @@ class StoreTransfers:
         """Read frames into their slots and verify them there."""
         store = self._stores[tier]
         removes = "w" in store.tier.use.mode
-        for batch in _batches(frames):
+        for batch in _batches(store.tier, frames):
             store.submit(_Batch(True, batch), READ, partial(self._read, batch, removes))
 
     def demote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
         """Seal committed slots and write them."""
         store = self._stores[tier]
         packs = store.tier.use.codec == "zstd"
-        for batch in _batches(frames):
+        for batch in _batches(store.tier, frames):
             store.submit(_Batch(False, batch), WRITE, partial(self._write, batch, packs))
 
     def drop(self, tier: int, keys: Sequence[BlockKey]) -> None:
@@ -230,8 +232,8 @@ class StoreTransfers:
         return header.order
 
 
-def _batches(frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
+def _batches(tier: Tier, frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
     if not frames:
         return []
-    size = blocks_a_call(max(frame.payload_bytes for frame in frames))
+    size = tier.blocks_a_call(max(frame.payload_bytes for frame in frames))
     return [frames[i : i + size] for i in range(0, len(frames), size)]

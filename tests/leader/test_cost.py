@@ -43,7 +43,7 @@ def output(step: int, *counts: int) -> SchedulerOutput:
 
 
 def cost(tiers: int = 1, **overrides: Any) -> LoadCost:
-    return LoadCost([tier(dict_store(**overrides)) for _ in range(tiers)], call_blocks=8)
+    return LoadCost([tier(dict_store(**overrides)) for _ in range(tiers)], call_blocks=[8] * tiers)
 
 
 def blocks(count: int, number: int = 0) -> list[tuple[int, int, int]]:
@@ -117,7 +117,7 @@ def test_store_that_was_refused_is_tried_again_after_a_while(clock: Clock) -> No
 
 def test_computing_is_counted_in_steps_as_the_engine_makes_them() -> None:
     """Short tails and decoding after loads take a whole step each; that must not make computing look slow."""
-    told = LoadCost([tier(dict_store())], call_blocks=8, max_batch_tokens=256)
+    told = LoadCost([tier(dict_store())], call_blocks=[8], max_batch_tokens=256)
     for step, count in enumerate([1, 17, 1, 9, 1]):
         told.step_planned(output(step, count))
         told.step_reported(step, 0.1)  # weights are read, whatever the number of tokens
