@@ -51,10 +51,10 @@ class RegisteredMemory:
         self._end = self._start + memory.nbytes
         self._attached = memory
 
-    def holds(self, memory: memoryview) -> bool:
-        """Say whether all of a view that is not empty lies in what was attached."""
+    def address_in_attached(self, memory: memoryview) -> int | None:
+        """Return where a view that is not empty begins, None unless all of it lies in what was attached."""
         start = address_of(memory)
-        return self._start <= start and start + memory.nbytes <= self._end
+        return start if self._start <= start and start + memory.nbytes <= self._end else None
 
     @contextlib.contextmanager
     def staged(self, num_bytes: int) -> Iterator[memoryview]:

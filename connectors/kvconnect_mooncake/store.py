@@ -188,17 +188,16 @@ class MooncakeStore(BlockStore):
         Returns:
             Mooncake's codes, parallel to `parts`.
         """
+        addresses = [self._memory.address_in_attached(part.memory) for part in parts]
+        lie = [(part, address) for part, address in zip(parts, addresses, strict=True) if address is not None]
+        others = [part for part, address in zip(parts, addresses, strict=True) if address is None]
         codes: dict[int, int] = {}
-        lie = [part for part in parts if self._memory.holds(part.memory)]
         if lie:
             moved = call(
-                [part.name for part in lie],
-                [address_of(part.memory) for part in lie],
-                [len(part.memory) for part in lie],
+                [part.name for part, _ in lie], [address for _, address in lie], [len(part.memory) for part, _ in lie]
             )
-            codes.update(zip((part.number for part in lie), moved, strict=True))
-        direct = set(codes)
-        for run in _runs([part for part in parts if part.number not in direct], self._memory.staging_bytes):
+            codes.update(zip((part.number for part, _ in lie), moved, strict=True))
+        for run in _runs(others, self._memory.staging_bytes):
             lengths = [len(part.memory) for part in run]
             ends = [sum(lengths[: number + 1]) for number in range(len(run))]
             with self._memory.staged(ends[-1]) as staging:

@@ -168,6 +168,37 @@ def test_name_that_another_writer_has_not_finished_is_not_confirmed(store: Moonc
     assert read_one(store, key, 1000) is None
 
 
+def test_object_that_goes_while_it_is_read_is_a_miss(store: MooncakeStore) -> None:
+    """Its memory may be another's by then, and what was copied a mixture."""
+    keys = fresh(2)
+    assert store.write(keys, [memoryview(b"goes"), memoryview(b"stays")]) == [True] * 2
+
+    class Removes(Calls):
+        def batch_get_into(self, names: Any, addresses: list[int], sizes: Any) -> Any:
+            codes = super().batch_get_into(names, addresses, sizes)
+            assert codes == [4, 5]
+            assert self._raw.remove(name_of(keys[0]), True) == 0
+            return codes
+
+    store._client._raw = Removes(store._client._raw)
+    assert store.read(keys, [memoryview(bytearray(9)), memoryview(bytearray(9))]) == [None, 5]
+
+
+def test_process_gives_memory_to_the_pool(tmp_path: Path) -> None:
+    with Pool(tmp_path, 16 << 20) as own:
+        giver, reader = new_store(own, segment=128 << 20), new_store(own)
+        try:
+            keys = fresh(40)
+            frames = [bytes([number]) * (1 << 20) for number in range(40)]
+            assert reader.write(keys, [memoryview(frame) for frame in frames]) == [True] * 40
+            assert [read_one(reader, key, 1 << 20) for key in keys] == frames
+            giver.close()
+            assert sum(read_one(reader, key, 1 << 20) is not None for key in keys) <= 16
+        finally:
+            reader.close()
+            giver.close()
+
+
 def test_stores_of_one_process_live_alone(pool: Pool, store: MooncakeStore) -> None:
     (key,) = fresh(1)
     arena = buffer_of(1 << 20)
