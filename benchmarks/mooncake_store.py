@@ -26,7 +26,7 @@ from tests.remote.mooncake.pool import Client, Pool
 
 BLOCK_BYTES = (256 << 10, 2 << 20)
 MOVED = 64 << 20
-ROUNDS = 7
+ROUNDS = 9
 FINGERPRINT = b"f" * 32
 
 
