@@ -49,7 +49,9 @@ class MooncakeStore(BlockStore):
     """One client of a pool that many processes and machines share."""
 
     Options = MooncakeOptions
-    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(shared=True, concurrency=2, call_bytes=16 << 20, call_blocks=64)
+    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(
+        shared=True, concurrency=2, call_bytes=16 << 20, call_blocks=64
+    )
 
     def __init__(self, options: MooncakeOptions, context: StoreContext) -> None:
         """Set up a client; see `MooncakeClient`."""
