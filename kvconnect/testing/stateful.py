@@ -183,7 +183,9 @@ def _make_machine(target: Target) -> Any:
             self.engine.close()
             self.engine.check_hooks()
             self.engine = self._open()
-            self.computed = set(self.ever) if target.capabilities.durable else set()
+            # what is not durable may be forgotten; what is shared may lie with a server that has not been shut down
+            may_be_there = target.capabilities.durable or target.capabilities.shared
+            self.computed = set(self.ever) if may_be_there else set()
             self._arrive(data)
 
         def teardown(self) -> None:

@@ -126,9 +126,8 @@ class StoreTransfers:
     def promote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
         """Read frames into their slots and verify them there."""
         store = self._stores[tier]
-        removes = "w" in store.tier.use.mode
         for batch in _batches(store.tier, frames):
-            store.submit(_Batch(True, batch), READ, partial(self._read, batch, removes))
+            store.submit(_Batch(True, batch), READ, partial(self._read, batch))
 
     def demote(self, tier: int, frames: Sequence[SlotFrame]) -> None:
         """Seal committed slots and write them."""
@@ -169,6 +168,11 @@ class StoreTransfers:
                 endings.quarantined += slots
             assert event.error is not None
             self._log.failed(f"{name} {'read' if batch.reads else 'write'}", event.error, max(1, len(slots)))
+        bad = [
+            frame.key for frame, result in zip(batch.frames, results, strict=True) if isinstance(result, FrameCorrupt)
+        ]
+        if bad and "w" in self._stores[tier].tier.use.mode:
+            self.drop(tier, bad)  # so that the block can be saved again: a store may keep what it has
         for frame, result in zip(batch.frames, results, strict=True):
             if batch.reads:
                 if isinstance(result, str):
@@ -215,13 +219,12 @@ class StoreTransfers:
                 self._sealed[frame.slot] = frame.key
         return frame.memory[: HEADER_BYTES + frame.payload_bytes]
 
-    def _read(self, batch: Sequence[SlotFrame], removes: bool, store: BlockStore) -> list[str | FrameCorrupt | None]:
+    def _read(self, batch: Sequence[SlotFrame], store: BlockStore) -> list[str | FrameCorrupt | None]:
         """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
         lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
         if len(lengths) != len(batch):
             raise ValueError(f"read answered {len(lengths)} of {len(batch)} keys")
         results: list[str | FrameCorrupt | None] = []
-        bad = []
         for frame, length in zip(batch, lengths, strict=True):
             if length is None:
                 results.append(None)
@@ -230,9 +233,6 @@ class StoreTransfers:
                 results.append(self._verify(frame, length))
             except FrameCorrupt as error:
                 results.append(error)
-                bad.append(frame.key)
-        if bad and removes:
-            store.remove(bad)  # so that the block can be saved again: a store may keep what it has
         return results
 
     def _verify(self, frame: SlotFrame, length: object) -> str:

@@ -56,6 +56,7 @@ class Pool:
                 f"--metrics_port={metrics}",
                 "--rpc_address=127.0.0.1",
                 "--metrics_host=127.0.0.1",
+                "--default_kv_lease_ttl=200",  # ms: `remove` waits for leases; 10 s by default
             ],
             folder / "master.log",
             lambda: listens(self.port),

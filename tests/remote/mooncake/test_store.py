@@ -168,20 +168,42 @@ def test_name_that_another_writer_has_not_finished_is_not_confirmed(store: Moonc
     assert read_one(store, key, 1000) is None
 
 
-def test_object_that_goes_while_it_is_read_is_a_miss(store: MooncakeStore) -> None:
-    """Its memory may be another's by then, and what was copied a mixture."""
-    keys = fresh(2)
-    assert store.write(keys, [memoryview(b"goes"), memoryview(b"stays")]) == [True] * 2
+def test_object_that_was_read_a_moment_ago_is_removed_when_its_lease_has_ended(
+    store: MooncakeStore, peer: Client
+) -> None:
+    """Until then nobody can have its memory written anew below the reader."""
+    (key,) = fresh(1)
+    assert store.write([key], [memoryview(b"goes")]) == [True]
+    assert read_one(store, key, 9) == b"goes"
+    assert peer.raw.remove(name_of(key), False) < 0, "the pool says that it is leased"
+    store.remove([key])
+    assert peer.get(key) == b""
 
-    class Removes(Calls):
-        def batch_get_into(self, names: Any, addresses: list[int], sizes: Any) -> Any:
-            codes = super().batch_get_into(names, addresses, sizes)
-            assert codes == [4, 5]
-            assert self._raw.remove(name_of(keys[0]), True) == 0
-            return codes
 
-    store._client._raw = Removes(store._client._raw)
-    assert store.read(keys, [memoryview(bytearray(9)), memoryview(bytearray(9))]) == [None, 5]
+def test_object_that_is_read_without_end_is_removed_at_the_deadline(pool: Pool, peer: Client) -> None:
+    (key,) = fresh(1)
+    store = MooncakeStore(
+        MooncakeOptions(host="127.0.0.1", port=pool.port), StoreContext(name="mooncake", timeout_s=2.0)
+    )
+    try:
+        assert store.write([key], [memoryview(b"goes")]) == [True]
+        stop = threading.Event()
+
+        def read() -> None:
+            while not stop.is_set():
+                peer.get(key)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        started = time.monotonic()
+        store.remove([key])
+        seconds = time.monotonic() - started
+        stop.set()
+        reader.join()
+        assert 0.5 < seconds < 5
+        assert peer.get(key) == b""
+    finally:
+        store.close()
 
 
 def test_process_gives_memory_to_the_pool(tmp_path: Path) -> None:
