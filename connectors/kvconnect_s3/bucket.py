@@ -115,6 +115,20 @@ class Bucket:
                     self._client, path, data, use_multipart=large, chunk_size=_PART_BYTES, max_concurrency=4
                 )
 
+    async def exists(self, path: str) -> bool:
+        """Say whether there is an object; False also if there is no bucket.
+
+        HEAD, because where a gateway leaves Nagle's algorithm on, as Ceph's does, a GET of what is absent takes 44 ms
+        until its body has followed the header, and this takes 1.5.
+        """
+        with self._errors("HEAD"):
+            try:
+                async with self._slots:
+                    await self._obstore.head_async(self._client, path)
+            except FileNotFoundError:
+                return False
+        return True
+
     async def get(self, path: str, limit: int) -> memoryview | None:
         """Return an object whole, None if it is absent; one of more than `limit` bytes is empty."""
         with self._errors("GET"):

@@ -32,6 +32,8 @@ class Catalog:
 
     def apply(self, entry: Entry) -> None:
         """Take over what an entry of the log says."""
+        for key, place in places_of(entry.lost):
+            self.forget(key, place)
         for key in entry.removed_keys():
             self._places.pop(key, None)
         self._insert(places_of(entry.packs))

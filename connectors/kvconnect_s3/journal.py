@@ -5,11 +5,11 @@
     <prefix>/log/<20 digits>          an entry, created if it is absent: this alone orders everything
     <prefix>/checkpoints/<20 digits>  the map after the entry of that number
 
-An instance learns by getting the entry after the last it knows, until there is none. Whoever appends every 256th entry
-writes a checkpoint, keeps the two newest, and deletes the entries that the older of these covers once they are an hour
-old by the server's clock. An instance that has not looked for ten minutes makes sure that the last entry it knows is
-still there, and otherwise begins again: it never takes a deleted entry for the log's end. So the log itself must not be
-expired from outside.
+An instance learns by asking for the entry after the last it knows, until there is none. Whoever appends every 256th
+entry writes a checkpoint, keeps the two newest, and deletes the entries that the older of these covers once they are an
+hour old by the server's clock. An instance that has not looked for ten minutes makes sure that the last entry it knows
+is still there, and otherwise begins again: it never takes a deleted entry for the log's end. So the log itself must not
+be expired from outside.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _UNSURE_S = 600.0
 _AHEAD = 16  # entries that are fetched at once, by one that is behind
 
 
-_EMPTY = Entry.of(b"", (), ())
+_EMPTY = Entry.of(b"")
 
 
 class _Marker(msgspec.Struct):
@@ -57,6 +57,7 @@ class _Marker(msgspec.Struct):
 class _Change(NamedTuple):
     packs: Sequence[Packed]
     removed: Sequence[BlockKey]
+    lost: Sequence[tuple[BlockKey, Place]]
     done: asyncio.Future[None]
 
 
@@ -114,15 +115,14 @@ class Journal:
         """Learn every entry that was there when this was called."""
         await self._be_sure()
         ahead = 1
-        while True:
+        while await self._bucket.exists(_log(self._next)):
             first = self._next
             found = await all_of(self._fetch(first + i) for i in range(ahead))
             for i, entry in enumerate(found):
-                if entry is None:
-                    self._looked = _now()
-                    return
-                self._learn(first + i, entry)
+                if entry is not None:
+                    self._learn(first + i, entry)
             ahead = min(2 * ahead, _AHEAD)
+        self._looked = _now()
 
     def refresh_beside(self, at_most_every_s: float) -> None:
         """Refresh while others go on, unless that happened within the last `at_most_every_s` seconds."""
@@ -130,14 +130,23 @@ class Journal:
             self._looking = True
             self._loop.spawn(self._refresh_quietly())
 
-    async def append(self, packs: Sequence[Packed], removed: Sequence[BlockKey] = ()) -> None:
+    def tell_lost(self, lost: Sequence[tuple[BlockKey, Place]]) -> None:
+        """Append, while others go on, that these keys are not where they were."""
+        self._loop.spawn(self._tell_lost(lost))
+
+    async def append(
+        self,
+        packs: Sequence[Packed] = (),
+        removed: Sequence[BlockKey] = (),
+        lost: Sequence[tuple[BlockKey, Place]] = (),
+    ) -> None:
         """Write an entry, together with whoever else waits for one; when this returns, every instance sees it.
 
         Raises:
             StoreUnavailable: If that failed. It may be there all the same, or later.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Change(packs, removed, done))
+        self._waiting.append(_Change(packs, removed, lost, done))
         if not self._committing:
             self._committing = True
             self._loop.spawn(self._commit_all())
@@ -170,6 +179,7 @@ class Journal:
             secrets.token_bytes(ID_BYTES),
             [packed for change in changes for packed in change.packs],
             [key for change in changes for key in change.removed],
+            [item for change in changes for item in change.lost],
         )
         data = msgspec.msgpack.encode(entry)
         await self._be_sure()
@@ -217,7 +227,7 @@ class Journal:
         """After a long time, see that the log has not been deleted up to what would be the next entry."""
         if _now() - self._looked <= _UNSURE_S:
             return
-        if self._next and await self._bucket.get_range(_log(self._next - 1), 0, 1) is not None:
+        if self._next and await self._bucket.exists(_log(self._next - 1)):
             self._looked = _now()
             return
         await self._load()
@@ -289,6 +299,12 @@ class Journal:
             self._failures.failed("s3 log", error)
         finally:
             self._looking = False
+
+    async def _tell_lost(self, lost: Sequence[tuple[BlockKey, Place]]) -> None:
+        try:
+            await self.append(lost=lost)
+        except KVConnectError as error:
+            self._failures.failed("s3 log", error)
 
 
 def _log(number: int) -> str:

@@ -1,8 +1,8 @@
 """What lies in the log and in checkpoints, as bytes: which keys lie where in which pack. Trusts nothing it reads.
 
-    entry        [version, id, packs, removed]      one object log/<20 digits>
-    checkpoint   [version, number, packs]           the map after entry `number`
-    packs        [[name, keys, spans], ...]         keys: 72 bytes each; spans: offset and length, 4 bytes each
+    entry        [version, id, packs, removed, lost]   one object log/<20 digits>
+    checkpoint   [version, number, packs]              the map after entry `number`
+    packs, lost  [[name, keys, spans], ...]            keys: 72 bytes each; spans: offset and length, 4 bytes each
 
 MessagePack; integers in `spans` are little-endian; version is 1.
 """
@@ -48,17 +48,27 @@ class Packed(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Entry(msgspec.Struct, frozen=True, array_like=True):
-    """One change of the map: `removed` keys go, then those of `packs` come. `id` tells whose entry it is."""
+    """One change of the map. `id` tells whose entry it is.
+
+    Keys of `lost` go if they still lie there, those of `removed` wherever they lie; then those of `packs` come.
+    """
 
     version: int
     id: bytes
     packs: tuple[Packed, ...]
     removed: bytes
+    lost: tuple[Packed, ...]
 
     @classmethod
-    def of(cls, entry_id: bytes, packs: Sequence[Packed], removed: Sequence[BlockKey]) -> Entry:
+    def of(
+        cls,
+        entry_id: bytes,
+        packs: Iterable[Packed] = (),
+        removed: Iterable[BlockKey] = (),
+        lost: Iterable[tuple[BlockKey, Place]] = (),
+    ) -> Entry:
         """Make an entry."""
-        return cls(_VERSION, entry_id, tuple(packs), b"".join(removed))
+        return cls(_VERSION, entry_id, tuple(packs), b"".join(removed), _by_pack(lost))
 
     def removed_keys(self) -> Iterator[BlockKey]:
         """Yield the keys to remove."""
@@ -75,11 +85,7 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def of(cls, number: int, places: Iterable[tuple[BlockKey, Place]]) -> Checkpoint:
         """Make a checkpoint; keys of one pack that stand together are written together."""
-        packs = []
-        for name, group in groupby(places, key=lambda item: item[1].pack):
-            listed = list(group)
-            packs.append(pack_of(name, [key for key, _ in listed], [(place[1], place[2]) for _, place in listed]))
-        return cls(_VERSION, number, tuple(packs))
+        return cls(_VERSION, number, _by_pack(places))
 
 
 def pack_of(name: bytes, keys: Sequence[BlockKey], spans: Iterable[tuple[int, int]]) -> Packed:
@@ -108,9 +114,20 @@ def decode(data: bytes | memoryview, kind: type[RecordT]) -> RecordT:
         raise MetadataError(f"record of version {record.version}")
     for packed in record.packs:
         _check(packed)
-    if isinstance(record, Entry) and (len(record.id) != ID_BYTES or len(record.removed) % KEY_BYTES):
-        raise MetadataError("entry with an id or keys of another length")
+    if isinstance(record, Entry):
+        for packed in record.lost:
+            _check(packed)
+        if len(record.id) != ID_BYTES or len(record.removed) % KEY_BYTES:
+            raise MetadataError("entry with an id or keys of another length")
     return record
+
+
+def _by_pack(places: Iterable[tuple[BlockKey, Place]]) -> tuple[Packed, ...]:
+    packs = []
+    for name, group in groupby(places, key=lambda item: item[1].pack):
+        listed = list(group)
+        packs.append(pack_of(name, [key for key, _ in listed], [(place[1], place[2]) for _, place in listed]))
+    return tuple(packs)
 
 
 def _check(packed: Packed) -> None:

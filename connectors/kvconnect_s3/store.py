@@ -81,7 +81,7 @@ class S3Store(BlockStore):
         return self._call(self._contains(keys)) if keys else []
 
     def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
-        """Get ranges of packs, those that lie together at once; a pack that is absent or too short is forgotten."""
+        """Get ranges of packs, those that lie together at once; what has expired is forgotten, and others are told."""
         return self._call(self._read(keys, buffers)) if keys else []
 
     def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
@@ -95,7 +95,7 @@ class S3Store(BlockStore):
     def remove(self, keys: Sequence[BlockKey]) -> None:
         """Say in the log that keys are gone; their packs stay."""
         for i in range(0, len(keys), _REMOVED):
-            self._call(self._journal.append((), keys[i : i + _REMOVED]))
+            self._call(self._journal.append(removed=keys[i : i + _REMOVED]))
 
     def scan(self) -> Iterator[BlockKey]:
         """Yield the known keys whose pack a listing names."""
@@ -118,19 +118,26 @@ class S3Store(BlockStore):
         else:  # what was removed or replaced meanwhile: known for the next call
             self._journal.refresh_beside(_LOOK_S)
         lengths: list[int | None] = [None] * len(keys)
+        lost: list[tuple[BlockKey, Place]] = []
         packs: dict[bytes, list[_Wanted]] = defaultdict(list)
         for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
             place = self._catalog.get(key)
             if place is not None and place.length <= len(buffer):
                 packs[place.pack].append(_Wanted(place, key, number))
         requests = [together for wanted in packs.values() for together in _ranges(wanted)]
-        await all_of(self._read_range(together, buffers, lengths) for together in requests)
+        await all_of(self._read_range(together, buffers, lengths, lost) for together in requests)
+        if lost:
+            self._journal.tell_lost(lost)
         return lengths
 
     async def _read_range(
-        self, wanted: Sequence[_Wanted], buffers: Sequence[memoryview], lengths: list[int | None]
+        self,
+        wanted: Sequence[_Wanted],
+        buffers: Sequence[memoryview],
+        lengths: list[int | None],
+        lost: list[tuple[BlockKey, Place]],
     ) -> None:
-        """Get one range, and copy its frames out of it."""
+        """Get one range, and copy its frames out of it; add to `lost` what is not there."""
         start = wanted[0].place.offset
         end = max(each.place.offset + each.place.length for each in wanted)
         data: memoryview | None = memoryview(b"")
@@ -140,6 +147,7 @@ class S3Store(BlockStore):
             first = place.offset - start
             if data is None or first + place.length > len(data):
                 self._catalog.forget(key, place)
+                lost.append((key, place))
                 continue
             buffers[number][: place.length] = data[first : first + place.length]
             lengths[number] = place.length

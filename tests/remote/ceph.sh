@@ -39,7 +39,7 @@ osd_objectstore = memstore
 memstore_device_bytes = 4294967296
 [client.rgw]
 rgw_data = $folder/rgw
-rgw_frontends = beast endpoint=127.0.0.1:$port
+rgw_frontends = beast endpoint=127.0.0.1:$port tcp_nodelay=1
 rgw_enable_apis = s3
 END
 

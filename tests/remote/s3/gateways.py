@@ -84,7 +84,7 @@ class Place:
         """Return the keys that each log entry names, read by the format's definition alone."""
         entries = []
         for path in sorted(self.objects("log/")):
-            _, _, packs, _ = msgspec.msgpack.decode(self.read(path))
+            _, _, packs, _, _ = msgspec.msgpack.decode(self.read(path))
             joined = b"".join(keys for _, keys, _ in packs)
             entries.append([BlockKey(joined[i : i + 72]) for i in range(0, len(joined), 72)])
         return entries

@@ -111,7 +111,7 @@ def test_nothing_is_listed_but_at_the_start_and_in_scans(place: Place, proxy: Pr
         assert read(store, *range(2 * number + 2)) == [frame(n) for n in range(2 * number + 2)]
         assert list(store.contains([key(n) for n in range(2 * number + 3)]))[-1] is False
         store.remove([key(99)])
-    assert proxy.count("GET", "/log/") > 0
+    assert proxy.count("HEAD", "/log/") > 0
     assert not [request for request in proxy.requests if "list-type" in request.query]
     list(store.scan())
     assert [request for request in proxy.requests if "list-type" in request.query]
@@ -124,7 +124,7 @@ def test_asking_costs_one_request_however_many_keys(place: Place, proxy: Proxy) 
     write(store, *range(50))
     proxy.requests.clear()
     assert list(store.contains([key(n) for n in range(100)])) == [True] * 50 + [False] * 50
-    assert [(request.method, request.path[-24:]) for request in proxy.requests] == [("GET", f"log/{1:020}")]
+    assert [(request.method, request.path[-24:]) for request in proxy.requests] == [("HEAD", f"log/{1:020}")]
     store.close()
 
 
@@ -156,7 +156,9 @@ def test_a_restart_reads_a_checkpoint_and_what_came_after(
     _wait_for(lambda: f"checkpoints/{15:020}" in place.objects("checkpoints/"))
     store.close()
     again = place.open(endpoint=proxy.endpoint)
-    fetched = sorted(request.path[-24:] for request in proxy.requests if "/log/" in request.path)
+    fetched = sorted(
+        request.path[-24:] for request in proxy.requests if request.method == "GET" and "/log/" in request.path
+    )
     assert fetched == [f"log/{number:020}" for number in (16, 17, 18, 19)]
     assert proxy.count("GET", "/checkpoints/") == 1
     assert list(again.contains([key(n) for n in range(20)])) == [n not in (3, 19) for n in range(20)]
@@ -207,13 +209,14 @@ _BAD: dict[str, Any] = {
     "no record": b"rubbish",
     "empty": b"",
     "too deep": b"\x91" * 100_000,
-    "another version": [2, _ID, [], b""],
-    "short id": [1, b"i", [], b""],
-    "short key": [1, _ID, [[b"p" * 16, b"k" * 71, b"\0" * 8]], b""],
-    "short removed key": [1, _ID, [], b"k" * 71],
-    "short name": [1, _ID, [[b"p", b"k" * 72, b"\0" * 8]], b""],
-    "missing span": [1, _ID, [[b"p" * 16, b"k" * 144, b"\0" * 8]], b""],
-    "span beyond all packs": [1, _ID, [[b"p" * 16, b"k" * 72, b"\0\0\0\0\1\0\0\x40"]], b""],
+    "another version": [2, _ID, [], b"", []],
+    "short id": [1, b"i", [], b"", []],
+    "short key": [1, _ID, [[b"p" * 16, b"k" * 71, b"\0" * 8]], b"", []],
+    "short removed key": [1, _ID, [], b"k" * 71, []],
+    "short name": [1, _ID, [[b"p", b"k" * 72, b"\0" * 8]], b"", []],
+    "missing span": [1, _ID, [[b"p" * 16, b"k" * 144, b"\0" * 8]], b"", []],
+    "short lost key": [1, _ID, [], b"", [[b"p" * 16, b"k" * 71, b"\0" * 8]]],
+    "span beyond all packs": [1, _ID, [[b"p" * 16, b"k" * 72, b"\0\0\0\0\1\0\0\x40"]], b"", []],
 }
 
 
@@ -233,9 +236,10 @@ def test_a_bad_entry_is_skipped_and_counted(
 
 @given(st.binary(max_size=300))
 def test_random_bytes_are_no_record(data: bytes) -> None:
-    for kind in (Entry, Checkpoint):
-        with pytest.raises(MetadataError):
-            decode(data, kind)
+    with pytest.raises(MetadataError):
+        decode(data, Entry)
+    with pytest.raises(MetadataError):
+        decode(data, Checkpoint)
 
 
 def _wait_for(condition: Any) -> None:

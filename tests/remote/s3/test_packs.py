@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,21 @@ def test_an_expired_pack_is_a_miss_and_is_forgotten(store: S3Store, place: Place
     assert list(store.contains([key(1), key(2), key(3)])) == [False, False, True]
     write(store, 1)
     assert read(store, 1) == [frame(1)]
+
+
+def test_others_learn_of_an_expired_pack_from_whoever_looked(store: S3Store, place: Place) -> None:
+    other = place.open()
+    write(store, 1, 2)
+    (pack,) = place.objects("packs/")
+    assert list(other.contains([key(1), key(2)])) == [True, True]
+    write(store, 2)
+    place.delete(pack)
+    assert read(store, 1, 2) == [None, frame(2)]
+    deadline = time.monotonic() + 10
+    while list(other.contains([key(1), key(2)])) != [False, True]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    other.close()
 
 
 def test_a_pack_that_is_too_short_is_a_miss(store: S3Store, place: Place) -> None:
