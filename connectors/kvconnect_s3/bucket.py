@@ -74,6 +74,8 @@ class Bucket:
         }
         if options.allow_http or options.endpoint.startswith("http://"):
             client["allow_http"] = True
+        elif _endpoint("").startswith("http://") and not (options.endpoint or os.environ.get("AWS_ALLOW_HTTP")):
+            raise ConfigError(f"s3: requests to {self.where} would go without TLS; if that is meant: allow_http=true")
         try:
             self._client = Client(
                 options.host,
@@ -180,6 +182,11 @@ class Bucket:
         kinds = self._obstore.exceptions
         status, code = _found(_STATUS, error), _found(_CODE, error)
         what = " ".join(part for part in (method, status, code) if part)
+        if "/latest/api/token" in str(error):  # where instances ask for their role: the last resort
+            return ConfigError(
+                f"s3: no credentials for {self.where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
+                "access_key_id and secret_access_key, or profile"
+            )
         if code == "NoSuchBucket" or (isinstance(error, FileNotFoundError) and method in ("PUT", "LIST")):
             return ConfigError(f"s3: there is no bucket {self.where} ({what}); make it first")
         if isinstance(error, (kinds.PermissionDeniedError, kinds.UnauthenticatedError)) or status in ("401", "403"):
@@ -188,11 +195,6 @@ class Bucket:
             )
         if isinstance(error, kinds.InvalidPathError):
             return ConfigError("s3: the prefix cannot be part of an object's name")
-        if "169.254." in str(error):  # where instances ask for their role: the last resort for credentials
-            return ConfigError(
-                f"s3: no credentials for {self.where}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
-                "access_key_id and secret_access_key, or profile"
-            )
         return StoreUnavailable(f"s3: {self.where} does not answer as it should ({what or type(error).__name__})")
 
     def _must_have_a_bucket(self, error: FileNotFoundError) -> None:
@@ -206,10 +208,14 @@ def _found(pattern: re.Pattern[str], error: Exception) -> str:
     return match[1] if match else ""
 
 
+def _endpoint(given: str) -> str:
+    named = (os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"))
+    return given or next(filter(None, named), "")
+
+
 def _place(endpoint: str) -> str:
     """Return host and port alone: a URL can hold a password."""
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return urlsplit(endpoint).netloc.rpartition("@")[2] or "AWS"
+    return urlsplit(_endpoint(endpoint)).netloc.rpartition("@")[2] or "AWS"
 
 
 def _profile(options: S3Options) -> Any:

@@ -183,25 +183,26 @@ class Journal:
         )
         data = msgspec.msgpack.encode(entry)
         await self._be_sure()
-        tries = 0
+        lost = failed = 0
         while True:
             number = self._next
             try:
                 won = await self._bucket.create(_log(number), data)
             except StoreUnavailable:
                 won = False  # or not: what is there will tell
-                if tries > 2:
+                failed += 1
+                if failed > 2:
                     raise
             other = None if won else await self._fetch(number)
             if won or (other is not None and other.id == entry.id):
                 break
             if other is not None:
                 self._learn(number, other)
-                if tries:  # far behind, or others are many
+                if lost:  # far behind, or others are many
                     await self.refresh()
             # whoever lost waits a little, so that as many writers as there are do not run in step
-            tries += 1
-            await asyncio.sleep(random.uniform(0, min(0.2, 0.005 * 2 ** min(tries, 6))))
+            lost += 1
+            await asyncio.sleep(random.uniform(0, 0.005 * 2 ** min(lost, 5)))
         self._learn(number, entry)
         self._looked = _now()
         if (number + 1) % _CHECKPOINT_EVERY == 0 and self._next == number + 1:

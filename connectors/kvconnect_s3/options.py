@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from kvconnect.errors import ConfigError
 from kvconnect.options import Options, Secret
 
 __all__ = ["S3Options"]
+
+_URL = re.compile(r"https?://[^/\s]+[^\s]*\Z")
 
 
 class S3Options(Options, frozen=True):
@@ -24,7 +28,8 @@ class S3Options(Options, frozen=True):
         session_token: Of temporary credentials.
         profile: A profile of the AWS configuration files; needs boto3.
         virtual_hosted: Name the bucket in the host, not in the path; `endpoint` has to include it.
-        allow_http: Allow requests without TLS. An `endpoint` that is given with ``http://`` allows them by itself.
+        allow_http: Allow requests without TLS to an endpoint that the environment names. An `endpoint` that is given
+            here with ``http://`` allows them by itself.
         index_blocks: Blocks that one instance knows of, about 300 bytes of memory each; the oldest are forgotten.
     """
 
@@ -44,10 +49,15 @@ class S3Options(Options, frozen=True):
         """Refuse what cannot work.
 
         Raises:
-            ConfigError: If the bucket is missing, a key has no companion, or nothing may be known.
+            ConfigError: If the bucket is missing, the prefix or the endpoint is none, a key has no companion, or
+                nothing may be known.
         """
         if not self.host:
             raise ConfigError("s3 needs a bucket: s3://bucket/prefix")
+        if {"", ".", ".."} & set(self.path.strip("/").split("/")) and self.path.strip("/"):
+            raise ConfigError(f"s3: path {self.path!r} cannot be a prefix: it has an empty part, '.' or '..'")
+        if self.endpoint and not _URL.match(self.endpoint):  # not shown: it may hold a password
+            raise ConfigError("s3: endpoint has to begin with http:// or https:// and a host")
         if bool(self.access_key_id) != bool(self.secret_access_key):
             raise ConfigError("s3: access_key_id and secret_access_key go together")
         if self.index_blocks < 1:

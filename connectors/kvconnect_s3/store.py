@@ -49,7 +49,8 @@ class S3Store(BlockStore):
 
     Nothing is deleted but the log's own beginning. How long blocks are kept is for a lifecycle rule of the bucket to
     say, on ``<prefix>/packs/`` and nowhere else: an expired pack is a miss. It should also end multipart uploads that
-    were abandoned. Whoever may write to the bucket is trusted: a frame's checksums find faults, not forgers.
+    were abandoned. The store needs the rights to list the bucket, and to get, put and delete its objects. Whoever else
+    may write there is trusted: a frame's checksums find faults, not forgers.
     """
 
     Options = S3Options

@@ -101,6 +101,9 @@ def test_missing_obstore_is_said_with_where_to_get_it(monkeypatch: pytest.Monkey
         ({"host": "b", "access_key_id": "a"}, "go together"),
         ({"host": "b", "secret_access_key": "hunter2"}, "go together"),
         ({"host": "b", "index_blocks": 0}, "index_blocks"),
+        ({"host": "b", "path": "/a/../b"}, "cannot be a prefix"),
+        ({"host": "b", "path": "/a//b"}, "cannot be a prefix"),
+        ({"host": "b", "endpoint": "u:hunter2@127.0.0.1:9000"}, "endpoint has to begin"),
     ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object], said: str) -> None:
@@ -127,11 +130,21 @@ def test_credentials_come_from_the_environment(ceph: Place, monkeypatch: pytest.
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET_KEY)
     monkeypatch.setenv("AWS_ENDPOINT_URL", ceph.endpoint)
+    with pytest.raises(ConfigError, match="without TLS"):
+        S3Store(S3Options(host=ceph.bucket), StoreContext(name="s3", timeout_s=5.0))
     options = S3Options(host=ceph.bucket, allow_http=True)
     store = S3Store(options, StoreContext(name="s3", timeout_s=5.0))
     write(store, 1)
     assert read(store, 1) == [frame(1)]
     store.close()
+
+
+def test_missing_credentials_are_said(ceph: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE", "AWS_WEB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", ceph.endpoint)  # which knows of no roles
+    with pytest.raises(ConfigError, match="no credentials for"):
+        ceph.open(access_key_id="", secret_access_key=Secret(""))
 
 
 @pytest.mark.parametrize("said_by", ["option", "environment"])
