@@ -118,6 +118,7 @@ def run(endpoint: str, bucket: str, access: str, secret: str) -> None:
         region="us-east-1",
         access_key_id=access,
         secret_access_key=secret,
+        unsigned_payload=True,  # as the store does
         client_options={"allow_http": True, "timeout": timedelta(seconds=TIMEOUT_S)},
     )
     store = S3Store(options, StoreContext(name="s3", timeout_s=TIMEOUT_S))

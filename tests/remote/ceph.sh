@@ -36,7 +36,7 @@ mon_data = $folder/mon
 [osd.0]
 osd_data = $folder/osd
 osd_objectstore = memstore
-memstore_device_bytes = 4294967296
+memstore_device_bytes = 8589934592
 [client.rgw]
 rgw_data = $folder/rgw
 rgw_frontends = beast endpoint=127.0.0.1:$port tcp_nodelay=1
