@@ -5,7 +5,8 @@
 
 Each call moves 16 MiB of sealed frames, on one thread and on four. The store puts one object and a log entry, and reads
 ranges; every frame is sealed before it is written and opened after it was read. obstore puts one object of 16 MiB, and
-gets ranges of 4 MiB at once, on as many threads; nobody looks at the bytes. Interleaved; medians.
+gets ranges of 4 MiB at once, on as many threads; nobody looks at the bytes. Interleaved; medians,
+of ratios within a round.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ from kvconnect.protocol import BlockKey
 from kvconnect.store import HEADER_BYTES, StoreContext, open_frame, seal_frame
 
 ROOT = Path(__file__).parents[1]
-CALL_BYTES, RANGE_BYTES, ROUNDS, TIMEOUT_S = 16 << 20, 4 << 20, 9, 30.0
+CALL_BYTES, RANGE_BYTES, ROUNDS, TIMEOUT_S = 16 << 20, 4 << 20, 20, 30.0
 FINGERPRINT, ORDER = bytes(32), "token head dim"
 
 
@@ -88,17 +89,21 @@ def measure(store: S3Store, client: Client, size: int, threads: int, pool: Threa
         "read": lambda number: blocks[number].read(store),
     }
     times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(ROUNDS + 1):
-        for name, work in works.items():
+    for number in range(ROUNDS // threads + 4):
+        order = list(works.items())
+        for name, work in reversed(order) if number % 2 else order:
             started = time.perf_counter()
             list(pool.map(work, range(threads)))
             if number:  # the first opens connections
                 times[name].append(time.perf_counter() - started)
     rate = {name: threads * CALL_BYTES / statistics.median(seconds) / 1e9 for name, seconds in times.items()}
+    ratio = {
+        name: statistics.median(alone / ours for alone, ours in zip(times[limit], times[name], strict=True))
+        for name, limit in (("write", "put"), ("read", "get"))
+    }
     print(
-        f"{size >> 10:6} KiB {threads:7}   "
-        f"{rate['put']:6.3f} {rate['write']:6.3f} {rate['write'] / rate['put']:6.2f}   "
-        f"{rate['get']:6.3f} {rate['read']:6.3f} {rate['read'] / rate['get']:6.2f}"
+        f"{size >> 10:6} KiB {threads:7}   {rate['put']:6.3f} {rate['write']:6.3f} {ratio['write']:6.2f}   "
+        f"{rate['get']:6.3f} {rate['read']:6.3f} {ratio['read']:6.2f}"
     )
 
 
