@@ -42,7 +42,7 @@ test-examples: $(STAMP)
 # remote stores on real servers, which it installs (apt-get), starts on free ports of loopback and stops
 test-remote: $(REMOTE_STAMP)
 	tests/remote/install.sh
-	KVCONNECT_NEEDS_REMOTE=1 $(BIN)/pytest -n 2 --dist loadfile -q tests/remote
+	PATH="$(abspath $(BIN)):$$PATH" KVCONNECT_NEEDS_REMOTE=1 $(BIN)/pytest -n 2 --dist loadfile -q tests/remote
 
 # a real vLLM without a GPU, in an environment of its own: about three minutes to install, a quarter of an hour to run
 test-vllm: $(VLLM_STAMP)

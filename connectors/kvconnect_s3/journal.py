@@ -87,19 +87,25 @@ class Journal:
         self._committing = False
         self._looking = False
 
-    async def open(self) -> None:
+    async def open(self, *, writes: bool) -> None:
         """See that the place can be used, and read the log.
+
+        Args:
+            writes: Whether anything will be put there; else nothing is, and the rights to read are enough.
 
         Raises:
             ConfigError: If conditional puts are not enforced, another version was here, or access is denied.
         """
         marker = msgspec.json.encode(_Marker("kvconnect-s3", FORMAT_VERSION))
-        if await self._bucket.create(_MARKER, marker) and await self._bucket.create(_MARKER, marker):
+        self._writes = writes
+        if writes and await self._bucket.create(_MARKER, marker) and await self._bucket.create(_MARKER, marker):
             raise ConfigError(
                 f"s3: {self._bucket.where} ignores If-None-Match: it has put an object over another that it was told "
                 "to keep. Several writers would lose one another's blocks there; use a server with conditional puts"
             )
         found = await self._bucket.get(_MARKER, 4096)
+        if found is None and not writes:  # nobody has written yet
+            found = marker
         try:
             there = msgspec.json.decode(found or b"", type=_Marker)
         except msgspec.MsgspecError:
@@ -132,7 +138,8 @@ class Journal:
 
     def tell_lost(self, lost: Sequence[tuple[BlockKey, Place]]) -> None:
         """Append, while others go on, that these keys are not where they were."""
-        self._loop.spawn(self._tell_lost(lost))
+        if self._writes:
+            self._loop.spawn(self._tell_lost(lost))
 
     async def append(
         self,

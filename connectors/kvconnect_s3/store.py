@@ -49,8 +49,8 @@ class S3Store(BlockStore):
 
     Nothing is deleted but the log's own beginning. How long blocks are kept is for a lifecycle rule of the bucket to
     say, on ``<prefix>/packs/`` and nowhere else: an expired pack is a miss. It should also end multipart uploads that
-    were abandoned. The store needs the rights to list the bucket, and to get, put and delete its objects. Whoever else
-    may write there is trusted: a frame's checksums find faults, not forgers.
+    were abandoned. The store needs the rights to list the bucket and to get its objects, and unless the tier is
+    read only (``mode=r``) to put and delete them. See `docs/security.md` for whom that trusts.
     """
 
     Options = S3Options
@@ -72,7 +72,7 @@ class S3Store(BlockStore):
         self._loop = LoopThread(f"{context.name} store {self._bucket.where}")
         self._journal = Journal(self._bucket, self._catalog, self._loop, self._failures, self._timeout_s)
         try:
-            self._call(self._journal.open())
+            self._call(self._journal.open(writes="w" in context.mode))
         except BaseException:
             self.close()
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -47,10 +47,12 @@ class StoreContext(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         name: The name it was configured under, for messages.
         timeout_s: Seconds after which a call counts as failed; give it to the client library where it takes one.
+        mode: What it is used for: ``r``, ``w`` or ``rw``. A store that is only read from should need no more rights.
     """
 
     name: str
     timeout_s: float
+    mode: Literal["r", "w", "rw"] = "rw"
 
 
 class BlockStore(ABC):

@@ -70,7 +70,8 @@ class Tier(msgspec.Struct, frozen=True, kw_only=True):
 
     def open(self) -> BlockStore:
         """Open the store in this process, on the calling thread."""
-        return self.store_class(self.options, StoreContext(name=self.name, timeout_s=self.use.timeout_s))
+        context = StoreContext(name=self.name, timeout_s=self.use.timeout_s, mode=self.use.mode)
+        return self.store_class(self.options, context)
 
     def blocks_a_call(self, payload_bytes: int) -> int:
         """Return how many blocks of that size a worker moves in one call.

@@ -54,9 +54,9 @@ class Place:
             **changes,
         }
 
-    def open(self, *, timeout_s: float = 10.0, **changes: Any) -> S3Store:
+    def open(self, *, timeout_s: float = 10.0, mode: Literal["r", "w", "rw"] = "rw", **changes: Any) -> S3Store:
         """Open a store there."""
-        return S3Store(S3Options(**self.options(**changes)), StoreContext(name="s3", timeout_s=timeout_s))
+        return S3Store(S3Options(**self.options(**changes)), StoreContext(name="s3", timeout_s=timeout_s, mode=mode))
 
     def objects(self, folder: str = "") -> dict[str, int]:
         """Return paths under the prefix and sizes."""

@@ -77,6 +77,23 @@ def test_nobody_there_is_unavailable_by_name() -> None:
     assert "hunter2" not in str(raised.value)
 
 
+def test_a_reader_puts_nothing_there(place: Place) -> None:
+    reader = place.open(mode="r")
+    assert list(reader.contains([key(1)])) == [False]
+    assert place.objects() == {}
+    writer = place.open()
+    assert list(writer.write([key(1)], [memoryview(b"frame")])) == [True]
+    buffer = bytearray(9)
+    assert list(reader.read([key(1)], [memoryview(buffer)])) == [5]
+    for path in place.objects("packs/"):
+        place.delete(path)
+    before = place.objects()
+    assert list(reader.read([key(1)], [memoryview(buffer)])) == [None]
+    reader.close()
+    writer.close()
+    assert place.objects() == before, "it tells nobody that a pack has expired: it may not"
+
+
 @pytest.mark.parametrize(
     "marker", [b'{"format": "kvconnect-s3", "version": 2}', b'{"format": "x", "version": 1}', b"{"]
 )
