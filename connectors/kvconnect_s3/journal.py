@@ -105,7 +105,7 @@ class Journal:
             )
         found = await self._bucket.get(_MARKER, 4096)
         if found is None and not writes:  # nobody has written yet
-            found = marker
+            found = memoryview(marker)
         try:
             there = msgspec.json.decode(found or b"", type=_Marker)
         except msgspec.MsgspecError:
