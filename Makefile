@@ -8,7 +8,7 @@ REMOTE_STAMP := $(VENV)/.installed-remote
 VLLM := .venv-vllm
 EXAMPLES := tests/cli tests/test_examples.py tests/test_cache_examples.py
 # of the remote stores only Redis is tried by `make test`, where a server is installed
-REMOTE := $(addprefix tests/remote/,s3 mooncake faults)
+REMOTE := $(addprefix tests/remote/,s3 mooncake faults redis/test_conformance.py)
 VLLM_STAMP := $(VLLM)/.installed
 
 .PHONY: demo test test-kits test-examples test-remote test-vllm lint types unit bench bench-vllm format clean
