@@ -15,7 +15,7 @@ __all__ = ["run_kits"]
 
 
 def run_kits(target: str, options: dict[str, Any], folder: Path, env: Mapping[str, str] | None = None) -> Counter[str]:
-    """Run all kits in a process of its own; return how many promises were kept, not shown, not declared. None was broken.
+    """Run all kits in a process of their own; return how many promises were kept, and how many not shown or declared.
 
     Args:
         target: The store's name.
