@@ -8,6 +8,7 @@ does one whose breaker is open: one of its threads looks from time to time wheth
 from __future__ import annotations
 
 import itertools
+import os
 import queue
 import threading
 import time
@@ -28,7 +29,6 @@ __all__ = ["LOOKUP", "READ", "WRITE", "CallEvent", "Outcome", "StoreThreads"]
 LOOKUP, READ, WRITE = 0, 1, 2
 _STOP = 9
 
-_PROBE = BlockKey(bytes(KEY_BYTES))  # no block's key: its hash is not one
 
 
 class Outcome(Enum):
@@ -250,7 +250,8 @@ class StoreThreads:
 
     def _look_again(self, store: BlockStore) -> None:
         if self.breaker.begin_probe():
-            event = self._perform(store, _Call(None, lambda opened: opened.contains([_PROBE])))
+            # no block's key, and another each time: a store of many parts may miss one of them for long
+            event = self._perform(store, _Call(None, lambda opened: opened.contains([BlockKey(os.urandom(KEY_BYTES))])))
             self.breaker.probed(answered=event.outcome is Outcome.DONE)
 
     def _perform(self, store: BlockStore, call: _Call) -> CallEvent:
