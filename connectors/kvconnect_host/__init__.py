@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kvconnect.options import ByteSize, Options, Secret
 from kvconnect.protocol import Capabilities, Connector, LeaderContext, WorkerContext, hookimpl
 from kvconnect.protocol.retention import check_priority
+from kvconnect.store import FrameTagger
 
 if TYPE_CHECKING:
     from kvconnect.leader import OffloadLeader
@@ -27,6 +28,8 @@ class HostOptions(Options, frozen=True):
             machine without a GPU they are addresses, and take memory only when they are used.
         key_secret: Keys the block hashes, so that who can list a store cannot confirm a guessed prompt; the same for
             everyone who shares it.
+        frame_secret: Tags every frame, so that who can write to a store but does not know it cannot make us load forged
+            KV; the same for everyone who shares it, 16 bytes or more. Needs the extra ``keyed``.
         load_policy: ``always`` loads what the stores have; ``cost`` computes what they would take longer to bring, by
             the measured rates of stores and prefill.
         min_priority: 0 to 100; blocks of requests that want less for them are not saved (TensorRT-LLM's
@@ -36,6 +39,7 @@ class HostOptions(Options, frozen=True):
     capacity: ByteSize = ByteSize("2GiB")
     reserve: ByteSize = ByteSize(0)
     key_secret: Secret = Secret("")
+    frame_secret: Secret = Secret("")
     load_policy: Literal["always", "cost"] = "always"
     min_priority: int = 0
 
@@ -76,7 +80,8 @@ class HostConnector(Connector):
         """Make one rank's offload worker."""
         from kvconnect.worker import OffloadWorker  # late: it imports torch
 
-        return OffloadWorker(context, capacity=options.capacity, reserve=options.reserve)
+        tagger = FrameTagger(options.frame_secret.encode()) if options.frame_secret else None
+        return OffloadWorker(context, capacity=options.capacity, reserve=options.reserve, tagger=tagger)
 
 
 @hookimpl

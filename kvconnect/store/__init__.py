@@ -2,6 +2,7 @@
 
 from kvconnect.store.base import BlockStore, StoreCapabilities, StoreContext
 from kvconnect.store.frame import HEADER_BYTES, FrameHeader, compress_frame, decompress_payload, open_frame, seal_frame
+from kvconnect.store.tag import FrameTagger
 from kvconnect.store.threads import CallEvent, Outcome, StoreThreads
 from kvconnect.store.tier import Tier, TierOptions
 from kvconnect.store.wrapper import WrapperStore
@@ -11,6 +12,7 @@ __all__ = [
     "BlockStore",
     "CallEvent",
     "FrameHeader",
+    "FrameTagger",
     "Outcome",
     "StoreCapabilities",
     "StoreContext",

@@ -28,6 +28,7 @@ from kvconnect.protocol import (
     block_key,
 )
 from kvconnect.protocol.messages import GroupHandshake, pack_ints, unpack_ints
+from kvconnect.store import FrameTagger
 from kvconnect.worker.arena import Arena
 from kvconnect.worker.base import Worker
 from kvconnect.worker.copies import BlockCopier
@@ -96,14 +97,18 @@ class _Step:
 class OffloadWorker(Worker):
     """Arena, copies and store traffic of one rank."""
 
-    def __init__(self, context: WorkerContext, *, capacity: int, reserve: int = 0) -> None:
+    def __init__(
+        self, context: WorkerContext, *, capacity: int, reserve: int = 0, tagger: FrameTagger | None = None
+    ) -> None:
         """Remember what to build; the arena is taken when the layout is known.
 
         Args:
             context: What the engine and the configuration say.
             capacity: Host bytes of the whole engine; this rank takes its share of those on the machine.
             reserve: Bytes that the host tier may be resized to, of the whole engine; 0 for no more than `capacity`.
+            tagger: Of the deployment's secret, for keyed frames; None for frames without a tag.
         """
+        self._tagger = tagger
         self._context = context
         self._rank = context.rank
         self._capacity = capacity // context.local_ranks
@@ -161,6 +166,7 @@ class OffloadWorker(Worker):
             f"worker{self._rank}",
             self._arena.memory,
             lambda order, frame: can_reorder(order, frame.order),
+            self._tagger,
         )
 
     def get_handshake_metadata(self) -> bytes:

@@ -21,6 +21,7 @@ from kvconnect.store import (
     BlockStore,
     CallEvent,
     FrameHeader,
+    FrameTagger,
     Outcome,
     StoreThreads,
     Tier,
@@ -74,7 +75,12 @@ class StoreTransfers:
     """A worker's opened stores."""
 
     def __init__(
-        self, tiers: Sequence[Tier], role: str, memory: memoryview, can_read: Callable[[str, SlotFrame], bool]
+        self,
+        tiers: Sequence[Tier],
+        role: str,
+        memory: memoryview,
+        can_read: Callable[[str, SlotFrame], bool],
+        tagger: FrameTagger | None = None,
     ) -> None:
         """Open every tier.
 
@@ -83,11 +89,13 @@ class StoreTransfers:
             role: Whose they are, for thread names.
             memory: The arena, in which the frames lie.
             can_read: Whether a payload of that order can be loaded in place of the slot's own.
+            tagger: Tags frames and demands tags; None for frames without.
 
         Raises:
             KVConnectError: What opening a store raised; those opened before are closed.
         """
         self._can_read = can_read
+        self._tagger = tagger
         self._log = FailureLog(logger)
         self.counts: Counter[str] = Counter()
         self._stores: list[StoreThreads] = []
@@ -181,7 +189,7 @@ class StoreTransfers:
         frames = []
         for frame in batch:
             sealed = self._seal(frame)
-            frames.append(compress_frame(sealed, _ZSTD_LEVEL) if packs else sealed)
+            frames.append(compress_frame(sealed, _ZSTD_LEVEL, self._tagger) if packs else sealed)
         taken = list(store.write([frame.key for frame in batch], frames))
         if len(taken) != len(batch):
             raise ValueError(f"write answered {len(taken)} of {len(batch)} keys")
@@ -192,7 +200,12 @@ class StoreTransfers:
         with self._seal_lock:
             if self._sealed.get(frame.slot) != frame.key:
                 seal_frame(
-                    frame.memory, frame.payload_bytes, key=frame.key, fingerprint=frame.fingerprint, order=frame.order
+                    frame.memory,
+                    frame.payload_bytes,
+                    key=frame.key,
+                    fingerprint=frame.fingerprint,
+                    order=frame.order,
+                    tagger=self._tagger,
                 )
                 self._sealed[frame.slot] = frame.key
         return frame.memory[: HEADER_BYTES + frame.payload_bytes]
@@ -222,7 +235,11 @@ class StoreTransfers:
             raise FrameCorrupt(f"store says it filled {length!r} of {len(frame.memory)} bytes")
         stored = frame.memory[:length]
         header: FrameHeader = open_frame(
-            stored, key=frame.key, fingerprint=frame.fingerprint, payload_bytes=frame.payload_bytes
+            stored,
+            key=frame.key,
+            fingerprint=frame.fingerprint,
+            payload_bytes=frame.payload_bytes,
+            tagger=self._tagger,
         )
         if header.codec:
             payload = decompress_payload(stored, header)
