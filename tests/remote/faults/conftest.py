@@ -35,13 +35,19 @@ OpenLoad = Callable[..., Load]
 
 @pytest.fixture
 def open_load(llama: Any, references: dict[str, Reference]) -> Iterator[OpenLoad]:
-    """Open loads; when the test is over, closing their engines must end every thread and socket of theirs."""
+    """Open loads; when the test is over, closing their engines must end every thread and socket of theirs.
+
+    Ask for it last: servers and proxies must be there until then, and what they hold is not the engine's.
+    `connection_sockets` is how many sockets of this process a connection may take, all servers together: one, or three
+    through a proxy, for each server.
+    """
     engines: list[LLM] = []
     before = Census.take()
 
-    def make(store: str, **options: Any) -> Load:
+    def make(store: str, *, connection_sockets: int = 1, **options: Any) -> Load:
         engines.append(open_engine(llama, store, **options))
-        return Load(engines[-1], references["llama"])
+        users = sum(thread.startswith(("kvconnect-leader", "kvconnect-worker")) for thread in Census.take().threads)
+        return Load(engines[-1], references["llama"], before.num_sockets + users * connection_sockets)
 
     yield make
     for llm in engines:

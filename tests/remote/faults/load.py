@@ -107,14 +107,16 @@ class Load:
         answers: Those that were right and in time, in order.
     """
 
-    def __init__(self, llm: LLM, reference: Reference, seed: int = 0) -> None:
+    def __init__(self, llm: LLM, reference: Reference, most_sockets: int, seed: int = 0) -> None:
         """Start with nothing in flight.
 
         Args:
             llm: From `open_engine`.
             reference: The same model, run by transformers alone.
+            most_sockets: What this process may have open at rest.
             seed: Another one makes other prompts.
         """
+        self._most_sockets = most_sockets
         self.answers: list[Answer] = []
         self._llm = llm
         self._reference = reference
@@ -126,6 +128,10 @@ class Load:
         for prompt in self.prompts:  # before any clock runs
             reference(prompt, _PARAMS.max_tokens)
         self._next: Iterator[Sequence[int]] = itertools.cycle(self.prompts)
+
+    def another(self, seed: int) -> Load:
+        """Return a load of other prompts on the same engine; use one of them at a time."""
+        return Load(self._llm, self._reference, self._most_sockets, seed)
 
     # -- the load ------------------------------------------------------------------------------------------------
 
@@ -277,8 +283,8 @@ class Load:
         leader.__self__._check_integrity()
         return Census.take()
 
-    def rests_as(self, before: Census, *, more_sockets: int = 0) -> None:
-        """See that the engine at rest holds no more threads and sockets than `before`; a stuck call may yet return.
+    def rests_as(self, before: Census) -> None:
+        """See that the engine at rest has its threads and no socket that none of them uses; a stuck call may yet return.
 
         Raises:
             AssertionError: Names what is too much.
@@ -289,9 +295,9 @@ class Load:
         def same() -> bool:
             nonlocal now
             now = Census.take()
-            return now.threads == before.threads and now.num_sockets <= before.num_sockets + more_sockets
+            return now.threads == before.threads and now.num_sockets <= self._most_sockets
 
-        wait_until(same, _REST_S, lambda: f"{now} at rest, {before} before")
+        wait_until(same, _REST_S, lambda: f"{now} at rest, {before} before, at most {self._most_sockets} sockets")
 
 
 def wait_until(done: Callable[[], bool], within_s: float, what: str | Callable[[], str]) -> float:

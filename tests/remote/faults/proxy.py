@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from tests.remote.processes import free_ports
 
-__all__ = ["Proxy"]
+__all__ = ["Direction", "Proxy"]
 
 Direction = Literal["up", "down"]  # towards the server; from it
 
