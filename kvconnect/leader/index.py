@@ -48,6 +48,7 @@ class Entry:
         source: Tier that it is promoted from, -1 for none.
         content: Its parent's hash and its tokens, for events; None if nobody listens.
         key: Its group and its content name.
+        decoded: Whether some of its tokens were generated, as far as is known.
         priority: With which it is kept; lower ones are evicted first.
         duration_s: Seconds for which it has that, None for ever.
         until: Monotonic time at which its priority becomes the default; inf for never, and while it is not READY.
@@ -57,6 +58,7 @@ class Entry:
         "block_hash",
         "claims",
         "content",
+        "decoded",
         "duration_s",
         "failed",
         "group",
@@ -84,6 +86,7 @@ class Entry:
         self.failed = False
         self.source = -1
         self.content: tuple[BlockHash | None, tuple[int, ...]] | None = None
+        self.decoded = False
         self.priority = priority
         self.duration_s = duration_s
         self.until = math.inf
@@ -152,6 +155,11 @@ class BlockIndex:
         self._evictable: EvictionQueue[tuple[int, BlockHash]] = EvictionQueue(clock=clock)
         self._quarantined: dict[int, int] = {}  # slot -> ranks whose call hangs
         self._retired: list[int] = []  # not used since the last `resize`
+
+    @property
+    def num_groups(self) -> int:
+        """Layer groups."""
+        return len(self._groups)
 
     def group(self, group: int) -> dict[BlockHash, Entry]:
         """Return the blocks of one layer group, by hash; read it only. Not all of them are READY."""

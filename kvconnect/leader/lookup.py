@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,12 +28,12 @@ class Presence:
     def __init__(self, num_tiers: int, max_blocks: int) -> None:
         """Believe nothing; remember at most `max_blocks` a tier."""
         self._max_blocks = max_blocks
-        self._tiers: list[OrderedDict[tuple[int, BlockHash], None]] = [OrderedDict() for _ in range(num_tiers)]
+        self._tiers: list[OrderedDict[tuple[int, BlockHash], float]] = [OrderedDict() for _ in range(num_tiers)]
 
     def add(self, tier: int, group: int, block_hash: BlockHash) -> None:
         """Believe that `tier` holds the block."""
         known = self._tiers[tier]
-        known[group, block_hash] = None
+        known[group, block_hash] = time.monotonic()
         known.move_to_end((group, block_hash))
         if len(known) > self._max_blocks:
             known.popitem(last=False)
@@ -44,6 +45,17 @@ class Presence:
     def holds(self, tier: int, group: int, block_hash: BlockHash) -> bool:
         """Say whether `tier` is believed to hold the block."""
         return (group, block_hash) in self._tiers[tier]
+
+    def unsure(self, tier: int, hashes: Sequence[BlockHash], num_groups: int, max_age_s: float) -> list[BlockHash]:
+        """Return the blocks that `tier` is not known to hold in every layer group since `max_age_s` seconds."""
+        known = self._tiers[tier]
+        oldest = time.monotonic() - max_age_s
+        groups = range(num_groups)
+        return [
+            block_hash
+            for block_hash in hashes
+            if not all(known.get((group, block_hash), -math.inf) >= oldest for group in groups)
+        ]
 
     def clear(self) -> None:
         """Believe nothing any more."""
@@ -94,6 +106,15 @@ class StoreLookup:
         """Whether there is any store to ask."""
         return bool(self._stores)
 
+    def is_away(self, tier: int) -> bool:
+        """Say whether a tier's store is known not to answer; of one that is only written to nothing is known here."""
+        store = self._stores.get(tier)
+        return store is not None and store.breaker.is_open
+
+    def breakers(self) -> dict[str, str]:
+        """Return how each store's breaker stands, by the tier's name."""
+        return {store.tier.name: store.breaker.state for store in self._stores.values()}
+
     @property
     def num_pending(self) -> int:
         """Requests whose answers are not all there."""
@@ -108,7 +129,7 @@ class StoreLookup:
         shards: Sequence[Sequence[int]],
         stop_early: bool,
     ) -> None:
-        """Ask every store for `hashes`; `is_pending` says until when to wait.
+        """Ask for `hashes` every store that answers, except for what it said lately; `is_pending`: until when to wait.
 
         Args:
             request_id: Whose question it is; one at a time.
@@ -119,12 +140,21 @@ class StoreLookup:
         """
         if not hashes:
             return
+        unsure = {
+            number: self._presence.unsure(number, hashes, len(shards), store.tier.use.remember_s)
+            for number, store in self._stores.items()
+            if not store.breaker.is_open
+        }
+        unsure = {number: blocks for number, blocks in unsure.items() if blocks}
+        if not unsure:
+            return
         question = next(self._questions)
-        longest = max(store.timeout_s for store in self._stores.values())
-        self._pending[request_id] = _Pending(question, set(self._stores), hashes, time.monotonic() + longest)
-        ask = partial(_ask, hashes, namespace, shards, stop_early)
-        for store in self._stores.values():
-            store.submit((request_id, question), LOOKUP, partial(self._answer, request_id, question, ask))
+        longest = max(self._stores[number].timeout_s for number in unsure)
+        self._pending[request_id] = _Pending(question, set(unsure), hashes, time.monotonic() + longest)
+        for number, blocks in unsure.items():
+            ask = partial(_ask, blocks, namespace, shards, stop_early)
+            answer = partial(self._answer, request_id, question, ask)
+            self._stores[number].submit((request_id, question), LOOKUP, answer)
 
     def is_pending(self, request_id: str) -> bool:
         """Say whether it is worth asking again; a lookup past its deadline is given up."""

@@ -133,12 +133,25 @@ class OffloadLeader(Leader):
         if num_slots < reserved:
             self._index.resize(num_slots)
         self._levels = LevelCounts(ranks, len(tiers))
+        largest = max((group.payload_bytes for group in groups), default=1)
         self._traffic = TierTraffic(
-            self._index, self._presence, tiers, self._context.num_ranks, self._events, self._levels
+            self._index,
+            self._presence,
+            tiers,
+            self._context.num_ranks,
+            self._events,
+            self._levels,
+            payload_bytes=largest,
+            is_away=self._lookup.is_away,
         )
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
         self._saves = SavePlanner(
-            self._index, self._block_size, self._counts, self._events, min_priority=self._min_priority
+            self._index,
+            self._block_size,
+            self._counts,
+            self._events,
+            self._traffic.down,
+            min_priority=self._min_priority,
         )
         self._suspended = Suspensions(
             self._index,
@@ -148,7 +161,6 @@ class OffloadLeader(Leader):
             partial(StoreHolds, self._lookup, tiers, self._namespace, self._shards),
         )
         self._unused: list[int] = []  # slots that the next plan names as such
-        largest = max((group.payload_bytes for group in groups), default=1)
         self._cost = LoadCost(
             tiers, [tier.blocks_a_call(largest) for tier in tiers], self._context.engine.max_batch_tokens
         )
@@ -362,7 +374,7 @@ class OffloadLeader(Leader):
         self._counts["load_blocks"] += draft.num_loads
         self._counts["load_blocks_missing"] += draft.num_fails
         opened.promotes = self._traffic.plan_promotes()
-        opened.demotes = self._traffic.plan_demotes()
+        opened.demotes = self._traffic.down.plan()
         opened.ended += self._suspended.named
         unused, self._unused = self._unused, []
         return draft.encode(
@@ -408,11 +420,11 @@ class OffloadLeader(Leader):
             "promoted_blocks": traffic.promoted,
             "promote_failures": traffic.not_promoted,
             "promotes_without_slot": traffic.no_slot,
-            "demoted_blocks": traffic.demoted,
-            "demote_failures": traffic.not_demoted,
+            **traffic.down.counts,
             "lookup_failures": self._lookup.num_failed,
             "lookup_hits": self._lookup.num_found,
             "lookup_misses": self._lookup.num_missed,
+            "breakers": self._lookup.breakers(),
             "evicted_blocks": self._index.num_evicted,
             "events_lost": self._events.num_lost,
             "arena": self._index.counts(),
@@ -591,7 +603,7 @@ class OffloadLeader(Leader):
             self._index.commit(entry)
         self._levels.count("saved", 0, outcome.committed)
         self._index.release_chain(outcome.loaded)
-        self._traffic.demote(outcome.committed)
+        self._traffic.down.offer(outcome.committed)
         self._suspended.closed(outcome.committed, outcome.voided)
         self._counts["committed_blocks"] += len(outcome.committed)
         self._counts["voided_blocks"] += len(outcome.voided)

@@ -1,14 +1,17 @@
-"""Brings blocks up from the stores before they are offered, and sends committed ones down. Plans; moves nothing."""
+"""Brings blocks up from the stores before they are offered, and knows what is on its way between them and the arena.
+
+Plans; moves nothing. What goes down is decided in `kvconnect.leader.demotion`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from kvconnect.leader.demotion import Demotions
 from kvconnect.leader.events import EventLog
-from kvconnect.leader.holds import holding_tiers
 from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.levels import LevelCounts
 from kvconnect.leader.lookup import Presence
@@ -41,32 +44,43 @@ class TierTraffic:
         num_ranks: int,
         events: EventLog,
         levels: LevelCounts,
+        payload_bytes: int = 1,
+        is_away: Callable[[int], bool] = lambda tier: False,
     ) -> None:
-        """Start with none."""
+        """Start with none.
+
+        Args:
+            index: The arena's.
+            presence: What the stores are believed to hold.
+            tiers: The stores, by number.
+            num_ranks: All of which have to move a block.
+            events: Told of what comes and goes.
+            levels: Counts what arrives.
+            payload_bytes: Of the largest block.
+            is_away: Whether a tier's store is known not to answer.
+        """
+        self._is_away = is_away
         self._levels = levels
         self._events = events
         self._index = index
         self._presence = presence
         self._readable = [number for number, tier in enumerate(tiers) if "r" in tier.use.mode]
-        self._writable = [number for number, tier in enumerate(tiers) if "w" in tier.use.mode]
-        self._holding = set(holding_tiers(tiers))
+        self.down = Demotions(index, presence, tiers, payload_bytes, num_ranks, is_away, self)
         self.listener: TrafficListener | None = None
         self._brought: list[Move] = []  # promotions that have their slots, for the next plan
         self._drops: list[Move] = []
         self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
         self._num_ranks = num_ranks
-        self._to_demote: deque[tuple[int, Entry]] = deque()
-        self._demoting: dict[tuple[int, int], tuple[set[int], set[int]]] = {}  # (tier, slot) -> silent, failed ranks
         self._later: set[tuple[int, int]] = set()  # (rank, slot) of lost reports: quarantined until the rank names it
         self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
         self._wanting: dict[str, RequestState] = {}
-        self.promoted = self.not_promoted = self.demoted = self.not_demoted = self.no_slot = 0
+        self.promoted = self.not_promoted = self.no_slot = 0
         self.num_ended = 0  # promotions, one way or the other
 
     @property
     def busy(self) -> bool:
         """Whether anything is wanted or on its way."""
-        return bool(self._to_demote or self._demoting or self._promoting or self._wanting or self._drops)
+        return bool(self.down.busy or self._promoting or self._wanting or self._drops)
 
     def num_promoting(self) -> Counter[int]:
         """Count, by tier, the blocks that are on their way up or will be in the next plan."""
@@ -75,9 +89,9 @@ class TierTraffic:
         return counts
 
     def tier_of(self, group: int, block_hash: BlockHash) -> int:
-        """Return the first readable tier that is believed to hold the block, -1 for none."""
+        """Return the first readable tier that is believed to hold the block and to answer, -1 for none."""
         for tier in self._readable:
-            if self._presence.holds(tier, group, block_hash):
+            if self._presence.holds(tier, group, block_hash) and not self._is_away(tier):
                 return tier
         return -1
 
@@ -160,7 +174,7 @@ class TierTraffic:
 
     def drop(self, group: int, block_hash: BlockHash) -> None:
         """Remove a block from every store that is believed to have it."""
-        for tier in self._writable:
+        for tier in self.down.writable:
             if self._presence.holds(tier, group, block_hash):
                 self._presence.discard(tier, group, block_hash)
                 self._drops.append(Move(block_hash, group, -1, tier))
@@ -169,32 +183,6 @@ class TierTraffic:
         """Return the removals that were not planned yet."""
         drops, self._drops = self._drops, []
         return drops
-
-    def demote(self, entries: Iterable[Entry]) -> None:
-        """Send committed blocks down to every writable tier that is not believed to hold them.
-
-        Private ones go only where they can be held: anywhere else they would be nothing but litter.
-        """
-        for entry in entries:
-            private = is_private(entry.block_hash)
-            for tier in self._writable:
-                if private and tier not in self._holding:
-                    continue
-                if not self._presence.holds(tier, entry.group, entry.block_hash):
-                    self._index.claim(entry)
-                    self._to_demote.append((tier, entry))
-
-    def plan_demotes(self) -> list[Move]:
-        """Return the demotions that were not planned yet."""
-        moves = []
-        waiting, self._to_demote = self._to_demote, deque()
-        for tier, entry in waiting:
-            if entry.state is not State.READY or (tier, entry.slot) in self._demoting:
-                self._index.release(entry)
-                continue
-            self._demoting[tier, entry.slot] = (set(range(self._num_ranks)), set())
-            moves.append(Move(entry.block_hash, entry.group, entry.slot, tier))
-        return moves
 
     def expect_later(self, rank: int, slots: Iterable[int]) -> None:
         """Remember slots whose traffic `rank` may still be running although its report of it is lost."""
@@ -218,7 +206,7 @@ class TierTraffic:
             pairs = unpack_ints(packed)
             for tier, slot in zip(pairs[::2], pairs[1::2], strict=True):
                 if not self._named_at_last(rank, slot):
-                    self._demotion_ended(rank, tier, slot, ok=ok)
+                    self.down.ended(rank, tier, slot, ok=ok)
         for slot in unpack_ints(report.released):
             self._index.unquarantine(slot)
 
@@ -257,30 +245,18 @@ class TierTraffic:
                 request.held.append(entry)
             if self.listener is not None:
                 self.listener.promoted(entry)
+            self.down.offer([entry], above=entry.source)
 
-    def _demotion_ended(self, rank: int, tier: int, slot: int, *, ok: bool) -> None:
-        silent, failed = self._demoting.get((tier, slot), (set(), set()))
-        if rank not in silent:
-            return
-        silent.discard(rank)
-        if not ok:
-            failed.add(rank)
-        if silent:
-            return
-        del self._demoting[tier, slot]
-        entry = self._index.at_slot(slot)
-        assert entry is not None, "a slot was given away while it was being written to a store"
-        if failed:
-            self.not_demoted += 1
-            if is_private(entry.block_hash) and len(failed) < self._num_ranks:  # the others' shards are of no use
-                self._drops.append(Move(entry.block_hash, entry.group, -1, tier))
-        else:
-            self.demoted += 1
-            self._levels.count("saved", tier + 1, [entry])
-            self._presence.add(tier, entry.group, entry.block_hash)
-            self._events.stored(entry, tier + 1)
-            if self.listener is not None:
-                self.listener.demoted(tier, entry)
-            if is_private(entry.block_hash) and entry.state is State.GONE:  # its request was resumed meanwhile
-                self.drop(entry.group, entry.block_hash)
-        self._index.release(entry)
+    def demoted(self, tier: int, entry: Entry) -> None:
+        """Learn that a store has a block."""
+        self._levels.count("saved", tier + 1, [entry])
+        self._events.stored(entry, tier + 1)
+        if self.listener is not None:
+            self.listener.demoted(tier, entry)
+        if is_private(entry.block_hash) and entry.state is State.GONE:  # its request was resumed meanwhile
+            self.drop(entry.group, entry.block_hash)
+
+    def not_demoted(self, tier: int, entry: Entry, *, partly: bool) -> None:
+        """Learn that a store has not, or not all of it."""
+        if is_private(entry.block_hash) and partly:  # the others' shards are of no use
+            self._drops.append(Move(entry.block_hash, entry.group, -1, tier))

@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
+from kvconnect.leader.demotion import Demotions
 from kvconnect.leader.draft import PlanDraft
 from kvconnect.leader.events import EventLog
-from kvconnect.leader.index import BlockIndex, State
+from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.request import RequestState
 from kvconnect.protocol import RequestView, ScheduledRequest
 
@@ -35,7 +36,14 @@ class SavePlanner:
     """Reserves slots for blocks that steps fill."""
 
     def __init__(
-        self, index: BlockIndex, block_size: int, counts: Counter[str], events: EventLog, *, min_priority: int = 0
+        self,
+        index: BlockIndex,
+        block_size: int,
+        counts: Counter[str],
+        events: EventLog,
+        down: Demotions,
+        *,
+        min_priority: int = 0,
     ) -> None:
         """Plan into the slots of `index`.
 
@@ -44,11 +52,13 @@ class SavePlanner:
             block_size: Tokens a block.
             counts: Gets ``save_blocks``, ``saves_without_slot`` and ``saves_below_priority``.
             events: Told which tokens a block holds.
+            down: Offered blocks that are used again.
             min_priority: Blocks of a lower priority are not saved.
         """
         self._min_priority = min_priority
         self._index = index
         self._events = events
+        self._down = down
         self._block_size = block_size
         self._counts = counts
         self._ended: dict[str, _Ended] = {}
@@ -68,6 +78,8 @@ class SavePlanner:
         # what lies on the device already was saved by whoever computed it; what a reset took back is computed anew
         if state.next_save is not None:
             start = min(start, state.next_save)
+        else:
+            self._used(state, start)
         self._save(draft, state, scheduled.block_ids, start)
 
     def end(
@@ -123,6 +135,7 @@ class SavePlanner:
         if start >= end:
             return
         planned = draft.begin_saves(state)
+        found: list[tuple[Entry, int]] = []
         parent = hashes[start - 1] if start else None
         for ordinal in range(start, end):
             block_hash = hashes[ordinal]
@@ -133,6 +146,7 @@ class SavePlanner:
                 entry = self._index.get(group, block_hash)
                 if entry is not None:
                     state.retain(self._index, entry, ordinal)
+                    found.append((entry, ordinal))
                     continue
                 if priority < self._min_priority:
                     self._counts["saves_below_priority"] += 1
@@ -141,8 +155,28 @@ class SavePlanner:
                 if entry is None:
                     self._counts["saves_without_slot"] += 1
                     continue
+                entry.decoded = self._is_decoded(state, ordinal)
                 self._events.remember(entry, state, ordinal)
                 planned.append((entry, ordinal))
                 draft.save(state, entry, table[ordinal], ordinal)
             parent = block_hash
         self._counts["save_blocks"] += len(planned)
+        self._offer_again(state, found)
+
+    def _used(self, state: RequestState, end: int) -> None:
+        """Offer the blocks before `end`, which the request found at hand, to stores that do not have them."""
+        if not self._down.writable:
+            return
+        hashes = state.hashes[:end]
+        for group in range(self._index.num_groups):
+            get = self._index.group(group).get
+            entries = ((get(block_hash), ordinal) for ordinal, block_hash in enumerate(hashes))
+            self._offer_again(state, [(entry, ordinal) for entry, ordinal in entries if entry is not None])
+
+    def _offer_again(self, state: RequestState, found: Sequence[tuple[Entry, int]]) -> None:
+        for entry, ordinal in found:
+            entry.decoded = entry.decoded and self._is_decoded(state, ordinal)
+        self._down.offer([entry for entry, _ in found if entry.state is State.READY])
+
+    def _is_decoded(self, state: RequestState, ordinal: int) -> bool:
+        return (ordinal + 1) * self._block_size > state.num_prompt_tokens

@@ -323,7 +323,7 @@ class Suspensions:
         for block in self._blocks.get((entry.group, entry.block_hash), ()):
             if block.goal >= 0:
                 if block.goal < block.held_in:
-                    self._traffic.demote([entry])
+                    self._traffic.down.offer([entry])
                 block.goal = -1
 
     def demoted(self, tier: int, entry: Entry) -> None:
@@ -356,7 +356,7 @@ class Suspensions:
                 self._ask(block, tier)
                 return
         if block.entry is not None and block.entry.state is State.READY:
-            self._traffic.demote([block.entry])
+            self._traffic.down.offer([block.entry])
 
     def _ask(self, block: _Block, tier: int) -> None:
         if block.asked_in < 0:

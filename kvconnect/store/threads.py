@@ -1,7 +1,8 @@
 """Runs a store's calls on bounded threads, off the scheduling path, each with a deadline. Knows no slots, no plans.
 
 A call that misses its deadline is reported once as failed; when it returns after all it is reported as returned,
-because until then it may still touch the memory it was given. A store with every thread stuck takes no new calls.
+because until then it may still touch the memory it was given. A store with every thread stuck takes no new calls, nor
+does one whose breaker is open: one of its threads looks from time to time whether it answers again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from kvconnect.errors import KVConnectError, StoreUnavailable
+from kvconnect.protocol.keys import KEY_BYTES, BlockKey
 from kvconnect.store.base import BlockStore
+from kvconnect.store.breaker import Breaker
 from kvconnect.store.tier import Tier
 
 __all__ = ["LOOKUP", "READ", "WRITE", "CallEvent", "Outcome", "StoreThreads"]
@@ -24,6 +27,8 @@ __all__ = ["LOOKUP", "READ", "WRITE", "CallEvent", "Outcome", "StoreThreads"]
 # Priorities: what a request waits for goes before what nobody waits for.
 LOOKUP, READ, WRITE = 0, 1, 2
 _STOP = 9
+
+_PROBE = BlockKey(bytes(KEY_BYTES))  # no block's key: its hash is not one
 
 
 class Outcome(Enum):
@@ -59,6 +64,9 @@ class StoreThreads:
     """One opened store and the threads that may call it.
 
     Thread-safe for one owner: `submit` and `poll` are called from one thread, the work runs on others.
+
+    Attributes:
+        breaker: Opens when calls fail one after the other; then `submit` fails at once.
     """
 
     def __init__(self, tier: Tier, role: str, memory: memoryview | None = None) -> None:
@@ -76,6 +84,7 @@ class StoreThreads:
         self.tier = tier
         self.timeout_s = tier.use.timeout_s
         self._memory = memory
+        self.breaker = Breaker()
         self._queue: queue.PriorityQueue[tuple[int, int, _Call | None]] = queue.PriorityQueue()
         self._order = itertools.count()
         self._lock = threading.Lock()
@@ -123,11 +132,9 @@ class StoreThreads:
             work: Runs on a store thread; its deadline starts when it starts.
         """
         self._unfinished += 1
-        if self._closed or self.stuck:
-            reason = "is closed" if self._closed else "has all its threads stuck"
-            self._events.append(
-                CallEvent(tag, Outcome.FAILED, error=StoreUnavailable(f"store {self.tier.name!r} {reason}"))
-            )
+        reason = self._refusal()
+        if reason:
+            self._events.append(self._refused(tag, reason))
             return
         self._queue.put((priority, next(self._order), _Call(tag, work)))
 
@@ -142,6 +149,8 @@ class StoreThreads:
             for call in late:
                 call.timed_out = True
         for call in late:  # before what has ended: the same call may be there as returned already
+            self.breaker.failed()
+            self._queue.put((LOOKUP, next(self._order), None))  # its thread cannot look again: let an idle one
             error = StoreUnavailable(f"store {self.tier.name!r} gave no answer within {self.timeout_s} s")
             events.append(CallEvent(call.tag, Outcome.TIMED_OUT, error=error, seconds=self.timeout_s))
         while self._events:
@@ -171,14 +180,29 @@ class StoreThreads:
 
     def _fail_queued(self) -> list[CallEvent]:
         events: list[CallEvent] = []
+        stops = []
         while True:
             try:
-                _, _, call = self._queue.get_nowait()
+                item = self._queue.get_nowait()
             except queue.Empty:
-                return events
-            if call is not None:
-                error = StoreUnavailable(f"store {self.tier.name!r} has all its threads stuck")
-                events.append(CallEvent(call.tag, Outcome.FAILED, error=error))
+                break
+            if item[0] == _STOP:
+                stops.append(item)
+            elif item[2] is not None:
+                events.append(self._refused(item[2].tag, "has all its threads stuck"))
+        for item in stops:
+            self._queue.put(item)
+        return events
+
+    def _refusal(self) -> str:
+        if self._closed:
+            return "is closed"
+        if self.stuck:
+            return "has all its threads stuck"
+        return "does not answer" if self.breaker.is_open else ""
+
+    def _refused(self, tag: Any, reason: str) -> CallEvent:
+        return CallEvent(tag, Outcome.FAILED, error=StoreUnavailable(f"store {self.tier.name!r} {reason}"))
 
     def _run(self, number: int) -> None:
         if number == 0:
@@ -195,9 +219,19 @@ class StoreThreads:
         if store is None:
             return
         while True:
-            _, _, call = self._queue.get()
-            if call is None:
+            try:
+                priority, _, call = self._queue.get(timeout=self.breaker.seconds_to_probe())
+            except queue.Empty:
+                self._look_again(store)
+                continue
+            if priority == _STOP:
                 break
+            if call is None:
+                continue
+            if self.breaker.is_open:  # it was queued before: its turn would only bring another failure
+                with self._lock:
+                    self._events.append(self._refused(call.tag, "does not answer"))
+                continue
             with self._lock:
                 call.deadline = time.monotonic() + self.timeout_s
                 self._running.add(call)
@@ -205,11 +239,19 @@ class StoreThreads:
             with self._lock:
                 self._running.discard(call)
                 self._events.append(CallEvent(call.tag, Outcome.RETURNED) if call.timed_out else event)
+                late = call.timed_out
+            if not late:
+                (self.breaker.succeeded if event.outcome is Outcome.DONE else self.breaker.failed)()
         with self._lock:
             self._alive -= 1
             last = self._alive == 0
         if last:
             store.close()
+
+    def _look_again(self, store: BlockStore) -> None:
+        if self.breaker.begin_probe():
+            event = self._perform(store, _Call(None, lambda opened: opened.contains([_PROBE])))
+            self.breaker.probed(answered=event.outcome is Outcome.DONE)
 
     def _perform(self, store: BlockStore, call: _Call) -> CallEvent:
         started = time.perf_counter()
