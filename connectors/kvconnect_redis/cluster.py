@@ -61,6 +61,11 @@ class Topology:
         """The configured server."""
         return self._seed
 
+    @property
+    def is_away(self) -> bool:
+        """Whether no server that has keys answered when it was last asked."""
+        return all(node.away for node in self.owners())
+
     def owners(self) -> list[Node]:
         """Return the servers that have keys."""
         if not self.clustered:

@@ -32,6 +32,7 @@ class Node:
         host: As it is connected to; empty for a Unix socket.
         port: 0 for a Unix socket.
         where: For messages.
+        away: Whether it was not to be reached, or did not answer, when it was last talked to.
     """
 
     def __init__(self, settings: Settings, host: str, port: int, most_idle: int) -> None:
@@ -56,6 +57,7 @@ class Node:
         self._idle: list[Wire] = []
         self._closed = False
         self._rests_until = 0.0
+        self.away = False
 
     @property
     def resting(self) -> bool:
@@ -111,6 +113,7 @@ class Node:
         except BaseException:
             wire.close()  # replies may still come: it is out of step
             raise
+        self.away = False
         with self._lock:
             keep = not self._closed and len(self._idle) < self._most_idle
             if keep:
@@ -157,6 +160,7 @@ class Node:
         return opened[0]
 
     def _rest(self) -> None:
+        self.away = True
         self._rests_until = time.monotonic() + _REST_S * (1 + random.random())
 
     def _drop_idle(self) -> None:

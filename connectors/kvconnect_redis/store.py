@@ -172,12 +172,20 @@ class RedisStore(BlockStore):
         raise StoreUnavailable(f"{node.where} does not follow the protocol: no page of keys")
 
     def _settled(self, keys: Sequence[BlockKey], asked: _Command) -> list[Any]:
-        """Ask, and raise if nobody answered; in a cluster, what some nodes did not is a miss."""
+        """Ask, and raise if nobody answered; in a cluster, what some nodes did not is a miss.
+
+        A node that is lost must not look like an outage: calls for its keys alone would keep the others from being
+        asked.
+        """
         answers = self._ask(asked)
         errors = [answer for answer in answers if isinstance(answer, StoreUnavailable)]
-        if errors and (len(errors) == len(keys) or not self._topology.clustered):
-            raise errors[0]
-        return answers
+        if not errors:
+            return answers
+        if self._topology.clustered:
+            refused = any(isinstance(error, Refused) for error in errors)
+            if len(errors) < len(keys) or not (refused or self._topology.is_away):
+                return answers
+        raise errors[0]
 
     def _ask(self, asked: _Command) -> list[Any]:
         """Ask every key's server.
