@@ -202,9 +202,7 @@ class Load:
         """
         before, first = self.promoted, len(self.answers)
         return self.run_until(
-            lambda: (
-                self.promoted >= before + blocks and any(answer.loaded_tokens for answer in self.answers[first:])
-            ),
+            lambda: self.promoted >= before + blocks and any(answer.loaded_tokens for answer in self.answers[first:]),
             within_s,
             f"{blocks} blocks from the store",
         )

@@ -21,7 +21,7 @@ from tests.remote.faults.load import Load, WrongTokens, wait_until
 from tests.remote.faults.proxy import Direction, Proxy
 from tests.remote.faults.redis_server import RedisServer
 
-BACK_S = 8.0  # hits are back that soon after the fault is over: a probe's interval, a timeout, and work
+BACK_S = 10.0  # hits are back that soon after a fault is over: a probe every 6 s, a timeout, and work
 SECRET = "0123456789abcdef0123456789abcdef"
 FRAME = 16640  # bytes
 
@@ -209,7 +209,9 @@ def test_link_that_swallows_everything(server: RedisServer, proxy: Proxy, open_l
         proxy.hole = False
         load.hits_come_back(BACK_S)
         load.rests_as(before)
-    wait_until(lambda: server.num_clients() <= clients, 5.0, lambda: f"{server.num_clients()} clients, {clients} before")
+    wait_until(
+        lambda: server.num_clients() <= clients, 5.0, lambda: f"{server.num_clients()} clients, {clients} before"
+    )
 
 
 Forge = Callable[[Sequence[bytes], int], bytes]
