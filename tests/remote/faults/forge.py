@@ -12,7 +12,7 @@ from typing import Final
 import xxhash
 from blake3 import blake3
 
-__all__ = ["is_frame", "keyed", "key_of", "negated", "payload_of", "plain", "renamed"]
+__all__ = ["is_frame", "key_of", "keyed", "negated", "payload_of", "plain", "renamed"]
 
 _HEADER: Final = 256
 _FLAGS_AT: Final = 11

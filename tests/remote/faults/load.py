@@ -78,17 +78,18 @@ class Census(NamedTuple):
         return cls(tuple(names), sum(_is_socket(fd) for fd in os.listdir("/proc/self/fd")), rss)
 
 
-def open_engine(model: Any, store: str, *, host: str = "", **options: Any) -> LLM:
+def open_engine(model: Any, store: str, *, host: str = "", timeout_s: float = TIMEOUT_S, **options: Any) -> LLM:
     """Open an engine whose host memory holds less than half of what the load asks for, over one store.
 
     Args:
         model: The model that the load's reference has too.
-        store: The store's URL; its `timeout_s` is set.
+        store: The store's URL.
         host: More options of the arena, as a query.
+        timeout_s: Of the store; answers are not awaited longer for a longer one.
         options: Of the engine.
     """
     capacity = _ARENA_SLOTS * _SLOT_BYTES
-    url = f"{store}{'&' if '?' in store else '?'}timeout_s={TIMEOUT_S}"
+    url = f"{store}{'&' if '?' in store else '?'}timeout_s={timeout_s}"
     return LLM(
         model,
         [f"host://?capacity={capacity}{'&' + host if host else ''}", url],
@@ -282,7 +283,7 @@ class Load:
         return Census.take()
 
     def rests_as(self, before: Census) -> None:
-        """See that the engine at rest has its threads and no socket that none of them uses; a stuck call may yet return.
+        """See that the engine at rest has its threads and not more sockets than they use; stuck calls may return.
 
         Raises:
             AssertionError: Names what is too much.

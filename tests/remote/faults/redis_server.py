@@ -43,7 +43,7 @@ class RedisServer(Server):
     def do(self, *command: Any) -> Any:
         """Run one command on a connection of its own."""
         with self._client() as client:
-            return client.execute_command(*command)
+            return client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     def num_clients(self) -> int:
         """Count connections, without the one that asks."""
@@ -147,7 +147,7 @@ class RedisCluster:
         own = folder / f"node-{len(self._nodes)}"
         own.mkdir()
         coverage = "yes" if covers_all else "no"
-        arguments = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000"]
+        arguments = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"]
         return RedisServer(own, *arguments, "--cluster-require-full-coverage", coverage)
 
     def _join(self) -> None:
@@ -164,6 +164,11 @@ class RedisCluster:
         )
         for master, replica in zip(self.masters, self.replicas, strict=False):
             wait_until(lambda: _accepted(replica, master.node_id), _START_S, "a replica")  # noqa: B023 - called at once
+            wait_until(
+                lambda: b"master_link_status:up" in replica.do("INFO", "replication"),  # noqa: B023 - called at once
+                _START_S,
+                "a replica that has what its master has",
+            )
         wait_until(self.settled, _START_S, "a cluster")
 
 
