@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"testing", "engine", "driver", "registry", "protocol", "store", "kvconnect_pytest", *COMMON},
     "kvconnect_host": {"leader", "worker", "store", "protocol", *COMMON},
     "kvconnect_disk": {"store", "protocol", *COMMON},
+    "kvconnect_s3": {"store", "protocol", *COMMON},
     "kvconnect_pytest": set(),
     "kvconnect_vllm": {"driver", "registry", "protocol", *COMMON},
 }
