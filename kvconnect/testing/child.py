@@ -1,6 +1,6 @@
 """The second process of `RestartTests` and `FaultTests`: saves or loads prompts that both processes know.
 
-    python -m kvconnect.testing.child '{"action": "save", ...}'
+    echo '{"action": "save", ...}' | python -m kvconnect.testing.child
 
 Prints ``done`` after each prompt and a JSON object at the end. Nobody calls it by hand. Actions:
 
@@ -70,4 +70,4 @@ def _limit_files(target: Target, action: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(sys.argv[1])))
+    sys.exit(main(json.load(sys.stdin)))

@@ -426,10 +426,14 @@ def run_child(
         "PYTHONHASHSEED": str(seed % 1000),
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
     }
-    command = [sys.executable, "-m", "kvconnect.testing.child", json.dumps(task)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+    command = [sys.executable, "-m", "kvconnect.testing.child"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environ)
+    assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
+    with process.stdin as told:  # not as an argument, which everybody on the machine could read: it may hold a password
+        json.dump(task, told)
     with ThreadPoolExecutor(2) as pool, process.stdout, process.stderr:
         reading = pool.submit(process.stderr.read)  # a pipe that is full would stop the child
         try:

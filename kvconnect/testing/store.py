@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import random
 import threading
 import time
@@ -156,6 +157,41 @@ class StoreTests(Kit):
         write_all(store, [other], [b"x" * 10])
         must(read_one(store, key, 3000) == kept, expected="the frame, whatever was done to a buffer", got="others")
         must(set(buffer) == {0x22}, expected="a buffer to be left alone after read", got="bytes written later")
+
+    def test_memory_that_was_attached_and_other_memory_are_alike(self, store: BlockStore, rng: random.Random) -> None:
+        """After `attach`, frames and buffers lie in that memory or anywhere else, in one call, and are as good."""
+        slot = 3 * mmap.PAGESIZE
+        arena = memoryview(mmap.mmap(-1, 8 * slot))
+        store.attach(arena)
+        keys = make_keys(rng, 8)
+        frames = [rng.randbytes(rng.randrange(1, slot)) for _ in keys]
+        given = []
+        for number, frame in enumerate(frames):
+            home = arena[number * slot :] if number % 2 else memoryview(bytearray(slot))
+            home[: len(frame)] = frame
+            given.append(home[: len(frame)])
+        must_equal("write", list(store.write(keys, given)), [True] * 8)
+        arena[:] = b"\xa5" * len(arena)
+        for first_inside in (0, 1):  # what was written from one place is read into the other, and into the same
+            buffers = [
+                arena[n * slot : (n + 1) * slot] if n % 2 == first_inside else memoryview(bytearray(b"\xa5" * slot))
+                for n in range(8)
+            ]
+            must_equal("read", list(store.read(keys, buffers)), [len(frame) for frame in frames])
+            for number, (frame, buffer) in enumerate(zip(frames, buffers, strict=True)):
+                where = "in the attached memory" if number % 2 == first_inside else "outside of it"
+                must(
+                    buffer[: len(frame)] == frame,
+                    expected=f"the frame in a buffer {where}",
+                    got="other bytes",
+                    hint="attach is no promise that other memory does not come",
+                )
+                must(
+                    set(buffer[len(frame) :]) <= {0xA5},
+                    expected=f"the buffer {where} to be as it was behind the frame",
+                    got="bytes of the store",
+                )
+                buffer[:] = b"\xa5" * slot
 
     def test_frames_and_keys_are_not_changed(self, store: BlockStore, rng: random.Random) -> None:
         """`write` reads what it is given, and nothing more."""

@@ -301,6 +301,7 @@ class OffloadWorker(Worker):
         if self._transfers is not None:
             stats.update(self._transfers.counts)
             failures.update(self._transfers.failures)
+            stats["breakers"] = self._transfers.breakers
         if self._arena is not None:
             stats["arena_bytes"] = self._arena.usable_slots * self._arena.slot_bytes
         stats["failures"] = dict(failures)

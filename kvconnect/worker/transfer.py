@@ -114,6 +114,11 @@ class StoreTransfers:
         return self._log.counts
 
     @property
+    def breakers(self) -> dict[str, str]:
+        """How each store's breaker stands, by the tier's name."""
+        return {store.tier.name: store.breaker.state for store in self._stores}
+
+    @property
     def busy(self) -> bool:
         """Whether any call is queued or running within its deadline."""
         return any(store.num_unfinished for store in self._stores)

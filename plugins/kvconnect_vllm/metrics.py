@@ -31,6 +31,7 @@ _COUNTERS = {
         "promote_failures": "blocks that a store was believed to hold and did not bring, or not whole",
         "demoted_blocks": "blocks written to stores",
         "demote_failures": "blocks that a store declined or failed to write",
+        "demotes_dropped": "blocks not sent down: the store was too slow for them, or did not answer",
         "lookup_hits": "blocks found when stores were asked",
         "lookup_misses": "blocks not found when stores were asked",
         "lookup_failures": "questions that a store failed to answer in time",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import msgspec
+import numpy as np
 
 from kvconnect.options import Options
 from kvconnect.protocol import BlockKey
@@ -246,6 +247,37 @@ class KeepsTheCallersMemory(FolderStore):
 
     def read_one(self, key: BlockKey, buffer: memoryview) -> int | None:
         return fill(buffer, self.kept[key]) if key in self.kept else super().read_one(key, buffer)
+
+
+@mutant(StoreTests.test_memory_that_was_attached_and_other_memory_are_alike, "the frame in a buffer outside of it")
+class FillsOnlyTheArena(FolderStore):
+    """What it reads goes into the attached memory, and nowhere if the buffer lies elsewhere."""
+
+    arena = memoryview(b"")
+
+    def attach(self, memory: memoryview) -> None:
+        self.arena = memory
+
+    def read_one(self, key: BlockKey, buffer: memoryview) -> int | None:
+        start = np.frombuffer(self.arena, np.uint8).ctypes.data
+        inside = start <= np.frombuffer(buffer, np.uint8).ctypes.data < start + len(self.arena)
+        return super().read_one(key, buffer if inside or not len(self.arena) else memoryview(bytearray(buffer)))
+
+
+@mutant(StoreTests.test_memory_that_was_attached_and_other_memory_are_alike, "as it was behind the frame")
+class FillsWholeSlots(FolderStore):
+    """It reads whole slots of the arena: what lies behind a frame is overwritten."""
+
+    arena = memoryview(b"")
+
+    def attach(self, memory: memoryview) -> None:
+        self.arena = memory
+
+    def read_one(self, key: BlockKey, buffer: memoryview) -> int | None:
+        length = super().read_one(key, buffer)
+        if length is not None and len(self.arena):
+            buffer[length:] = bytes(len(buffer) - length)
+        return length
 
 
 @mutant(StoreTests.test_frames_and_keys_are_not_changed, "the list of keys")
