@@ -37,6 +37,7 @@ _PAGES: Final = 32
 _IN_FLIGHT: Final = 3
 _PARAMS: Final = SamplingParams(max_tokens=4, ignore_eos=True)
 _REST_S: Final = 15.0
+_OTHERS: Final = ("MainThread", "test-")
 
 
 class WrongTokens(AssertionError):
@@ -59,7 +60,7 @@ class Census(NamedTuple):
     """What an engine at rest holds of the process.
 
     Attributes:
-        threads: Names of those of kvconnect.
+        threads: Names of all but the main thread and the tests' own.
         num_sockets: Open ones, of whatever kind.
         rss: Bytes resident.
     """
@@ -72,7 +73,7 @@ class Census(NamedTuple):
     def take(cls) -> Census:
         """Count now."""
         gc.collect()
-        names = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("kvconnect"))
+        names = sorted(thread.name for thread in threading.enumerate() if not thread.name.startswith(_OTHERS))
         with open("/proc/self/statm", encoding="ascii") as statm:
             rss = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         return cls(tuple(names), sum(_is_socket(fd) for fd in os.listdir("/proc/self/fd")), rss)
@@ -227,6 +228,16 @@ class Load:
     def demoted(self) -> int:
         """Blocks that the store took so far."""
         return int(self._llm.get_stats()["leader"]["demoted_blocks"])
+
+    @property
+    def lookup_hits(self) -> int:
+        """Blocks that the store said it has so far."""
+        return int(self._llm.get_stats()["leader"]["lookup_hits"])
+
+    @property
+    def promote_failures(self) -> int:
+        """Blocks that the store did not bring although it was believed to have them."""
+        return int(self._llm.get_stats()["leader"]["promote_failures"])
 
     @property
     def arena(self) -> dict[str, int]:

@@ -165,7 +165,7 @@ class RedisCluster:
         for master, replica in zip(self.masters, self.replicas, strict=False):
             wait_until(lambda: _accepted(replica, master.node_id), _START_S, "a replica")  # noqa: B023 - called at once
             wait_until(
-                lambda: b"master_link_status:up" in replica.do("INFO", "replication"),  # noqa: B023 - called at once
+                lambda: replica.do("INFO", "replication")["master_link_status"] == "up",  # noqa: B023 - called at once
                 _START_S,
                 "a replica that has what its master has",
             )

@@ -68,7 +68,7 @@ def test_replica_takes_over(replicated: RedisCluster, open_load: OpenLoad) -> No
     lost, heir = replicated.masters[1], replicated.replicas[1]
     load.run_into_promotion()
     lost.kill()
-    load.run_until(lambda: b"role:master" in heir.do("INFO", "replication"), 20.0, "an heir")
+    load.run_until(lambda: heir.do("INFO", "replication")["role"] == "master", 20.0, "an heir")
     load.hits_come_back(BACK_S)
     heir.do("FLUSHALL")
     load.run_until(lambda: bool(heir.do("DBSIZE")), BACK_S, "a block on the heir")
