@@ -188,8 +188,9 @@ class Load:
         return time.monotonic() - started
 
     def warm(self) -> None:
-        """Compute everything once, then see that most of it comes from the store."""
-        self.run(len(self.prompts))
+        """Go on until the store has taken all full blocks, and some have come back."""
+        all_blocks = self.demoted + _FAMILIES * _FAMILY_BLOCKS
+        self.run_until(lambda: self.demoted >= all_blocks, 15.0, "everything stored")
         self.hits_come_back(10.0)
 
     def run_into_promotion(self) -> None:

@@ -44,13 +44,13 @@ def url(port: int, query: str = "") -> str:
 
 @pytest.mark.parametrize("options", [{}, {"async_load": True}, {"async_scheduling": True}], ids=str)
 def test_killed_and_started_again(server: RedisServer, open_load: OpenLoad, options: dict[str, Any]) -> None:
-    """Four times over, with memory that does not grow."""
+    """Three times over, with memory that does not grow."""
     load = open_load(url(server.port), **options)
     load.warm()
     before = load.rest()
     clients = len(before.threads)
     resident = []
-    for _ in range(4):
+    for _ in range(3):
         failures = load.num_failures
         load.run_into_promotion()
         server.kill()
@@ -175,7 +175,7 @@ def test_slow_link(proxy: Proxy, open_load: OpenLoad) -> None:
     load.warm()
     before = load.rest()
     proxy.rate = 200_000.0
-    load.run_for(10.0)
+    load.run_for(6.0)
     proxy.rate = None
     load.hits_come_back(BACK_S)
     load.rests_as(before)
