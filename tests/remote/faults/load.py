@@ -38,6 +38,7 @@ _IN_FLIGHT: Final = 3
 _PARAMS: Final = SamplingParams(max_tokens=4, ignore_eos=True)
 _REST_S: Final = 15.0
 _OTHERS: Final = ("MainThread", "test-")
+_GROWTH: Final = 16 << 20  # bytes that memory may grow by over the faults of one test; 2 MiB were seen
 
 
 class WrongTokens(AssertionError):
@@ -309,6 +310,7 @@ class Load:
             return now.threads == before.threads and now.num_sockets <= self._most_sockets
 
         wait_until(same, _REST_S, lambda: f"{now} at rest, {before} before, at most {self._most_sockets} sockets")
+        assert now.rss - before.rss < _GROWTH, f"{now} at rest, {before} before"
 
 
 def wait_until(done: Callable[[], bool], within_s: float, what: str | Callable[[], str]) -> float:

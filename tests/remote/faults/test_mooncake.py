@@ -17,7 +17,7 @@ from tests.remote.mooncake.pool import Pool, needs_mooncake
 
 STALE_S = 11.0  # until the master gives up on a provider that died: its client_ttl of 10 s, and a second
 BACK_S = 12.0  # hits are back that soon after a fault is over: a probe every 6 s, two timeouts, and work
-CONNECTIONS = 8  # the client's library keeps some to the master and to each provider for each of its threads
+CONNECTIONS = 5  # the client's library keeps some to the master and to each provider for each of its threads
 
 
 @pytest.fixture

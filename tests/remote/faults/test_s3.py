@@ -23,7 +23,7 @@ BACK_S = 12.0  # hits are back that soon after a fault is over: a probe every 6 
 FRAME = 16640  # bytes
 SECRET = "0123456789abcdef0123456789abcdef"
 # A store thread's call reads several ranges at once, and its client keeps the connections for the next.
-CONNECTIONS = 4
+CONNECTIONS = 2
 
 
 @pytest.fixture(scope="module")
