@@ -1,0 +1,348 @@
+"""A block store in Redis or Valkey: a key a block, one server or a cluster of them, shared by everybody who knows it.
+
+A key is the prefix and the block key in hex; its value is the frame. The server may evict what it likes. What it does
+not have, and what it cannot be asked for, is a miss.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from kvconnect.errors import ConfigError, StoreUnavailable
+from kvconnect.protocol import BlockKey
+from kvconnect.store import BlockStore, StoreCapabilities, StoreContext
+from kvconnect_redis.cluster import Route, Topology
+from kvconnect_redis.nodes import Node, Untrusted
+from kvconnect_redis.settings import RedisOptions, Settings, read_settings
+from kvconnect_redis.wire import Refusal, Refused, Wire, command
+
+__all__ = ["RedisOptions", "RedisStore"]
+
+_DEADLINE = 0.9  # of the tier's timeout: an answer just in time is worth more than one that nobody awaits any more
+_KEY_BYTES = 72
+_PIPELINE_BYTES = 8 << 20  # what a server may have to keep for us while we read
+_PIPELINE_KEYS = 1024
+_MOST_ROUNDS = 5  # of keys that have moved while we looked for them
+_SCAN_COUNT = b"1000"
+_OF_ONE_KEY = ("OOM", "WRONGTYPE")  # refusals that are an answer: no room for it; something else has its name
+_ASKING = command(b"ASKING")
+# At start these are mistakes in the configuration; later they are outages. ERR: no such database, no password needed.
+_MISCONFIGURED = {
+    "WRONGPASS": "check user and password",
+    "NOAUTH": "give a user or a password",
+    "NOPERM": "let the user do GET, SET, EXISTS, UNLINK and SCAN on keys that begin with the prefix",
+    "DENIED": "protected mode lets nobody in from another machine without a password",
+    "MOVED": "it is in a cluster: write redis+cluster:// or cluster=true",
+    "ERR": "check db, user and password",
+}
+_FULL = b"max number of clients reached"
+
+
+class RedisStore(BlockStore):
+    """One server, or one cluster, used by any number of processes at once."""
+
+    Options = RedisOptions
+    capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(shared=True, scans=True, concurrency=2)
+
+    def __init__(self, options: RedisOptions, context: StoreContext) -> None:
+        """Connect, so that a mistake in the configuration is found now.
+
+        Raises:
+            ConfigError: If options contradict one another, or the server lets nobody in as configured.
+            StoreUnavailable: If there is no server.
+        """
+        settings = read_settings(options, context.name)
+        self._prefix = settings.prefix
+        self._ttl = b"" if not settings.ttl_ms else b"$2\r\nPX\r\n" + _bulk(b"%d" % settings.ttl_ms)
+        self._timeout_s = context.timeout_s * _DEADLINE
+        self._pid = os.getpid()
+        self._topology = Topology(settings, most_idle=self.capabilities.concurrency)
+        try:
+            self._open(settings)
+        except BaseException:
+            self._topology.close()
+            raise
+
+    def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        """Ask for each key whether it exists; those of a node that is away do not."""
+        return [answer == 1 for answer in self._settled(keys, _Exists(self._names(keys)))]
+
+    def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
+        """Receive each value in its buffer; those of a node that is away are misses."""
+        answers = self._settled(keys, _Get(self._names(keys), buffers))
+        return [answer if isinstance(answer, int) else None for answer in answers]
+
+    def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
+        """Send each frame; False if the server has no memory left for it, or is away."""
+        answers = self._settled(keys, _Set(self._names(keys), frames, self._ttl))
+        return [answer == b"OK" for answer in answers]
+
+    def remove(self, keys: Sequence[BlockKey]) -> None:
+        """Unlink each key.
+
+        Raises:
+            StoreUnavailable: If some could not be: they may still be there.
+        """
+        for answer in self._ask(_Unlink(self._names(keys))):
+            if isinstance(answer, StoreUnavailable):
+                raise answer
+
+    def scan(self) -> Iterator[BlockKey]:
+        """Yield what is there, page by page, each page under a deadline of its own.
+
+        Raises:
+            StoreUnavailable: If a node does not answer.
+        """
+        self._check_process()
+        self._topology.refresh(self._deadline())
+        seen: set[BlockKey] = set()  # a server that grows its table while it is scanned names keys twice
+        for node in self._topology.owners():
+            cursor = b"0"
+            while True:
+                cursor, names = self._scan_page(node, cursor)
+                for name in names:
+                    key = self._block_key(name)
+                    if key is not None and key not in seen:
+                        seen.add(key)
+                        yield key
+                if cursor == b"0":
+                    break
+
+    def close(self) -> None:
+        """Close every connection; the server keeps what it has."""
+        self._topology.close()
+
+    def _open(self, settings: Settings) -> None:
+        """Look for a key that is not there: it shows the password, the permissions and the kind of server."""
+        try:
+            if settings.cluster:
+                self._topology.learn(self._deadline())
+            probe = _Exists([self._prefix + b"0" * (2 * _KEY_BYTES)])
+            (answer,) = self._ask(probe)
+            if isinstance(answer, StoreUnavailable):
+                raise answer
+        except Refused as error:
+            way = _MISCONFIGURED.get(error.refusal.word)
+            if way is None or error.refusal.rest == _FULL:
+                raise
+            raise ConfigError(f"{error}; {way}") from None
+        except Untrusted as error:
+            raise ConfigError(f"{error}; give the certificate of who signed it as ca_file=") from None
+
+    def _deadline(self) -> float:
+        return time.monotonic() + self._timeout_s
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise StoreUnavailable("this store was opened before a fork, in another process; open one in each")
+
+    def _names(self, keys: Sequence[BlockKey]) -> list[bytes]:
+        return [self._prefix + key.hex().encode() for key in keys]
+
+    def _block_key(self, name: Any) -> BlockKey | None:
+        """Return the block key that a name stands for; None if it is somebody else's."""
+        if not isinstance(name, bytes) or len(name) != len(self._prefix) + 2 * _KEY_BYTES:
+            return None
+        digits = name[len(self._prefix) :]
+        try:
+            key = BlockKey(bytes.fromhex(digits.decode("ascii")))
+        except ValueError:
+            return None
+        return key if self._prefix + key.hex().encode() == name else None
+
+    def _scan_page(self, node: Node, cursor: bytes) -> tuple[bytes, list[Any]]:
+        self._check_process()
+        pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]\\" else bytes([c]) for c in self._prefix) + b"*"
+        asked = command(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT)
+
+        def converse(wire: Wire) -> Any:
+            wire.send([asked])
+            return wire.reply()
+
+        answer = node.talk(self._deadline(), converse)
+        if isinstance(answer, Refusal):
+            raise Refused(node.where, "SCAN", answer)
+        match answer:
+            case [bytes() as following, list() as names]:
+                return following, names
+        raise StoreUnavailable(f"{node.where} does not follow the protocol: no page of keys")
+
+    def _settled(self, keys: Sequence[BlockKey], asked: _Command) -> list[Any]:
+        """Ask, and raise if nobody answered; in a cluster, what some nodes did not is a miss.
+
+        A node that is lost must not look like an outage: calls for its keys alone would keep the others from being
+        asked.
+        """
+        answers = self._ask(asked)
+        errors = [answer for answer in answers if isinstance(answer, StoreUnavailable)]
+        if not errors:
+            return answers
+        if self._topology.clustered:
+            refused = any(isinstance(error, Refused) for error in errors)
+            if len(errors) < len(keys) or not (refused or self._topology.is_away):
+                return answers
+        raise errors[0]
+
+    def _ask(self, asked: _Command) -> list[Any]:
+        """Ask every key's server.
+
+        Returns:
+            Its answer for each key: a `StoreUnavailable` where there is none, a `Refusal` that concerns this key alone.
+        """
+        self._check_process()
+        deadline = self._deadline()
+        self._topology.refresh(deadline)
+        answers: list[Any] = [None] * len(asked.names)
+        todo: dict[Route, list[int]] = {}
+        for number, name in enumerate(asked.names):
+            route = self._topology.route(name)
+            if route is None:
+                self._topology.suspect()
+                answers[number] = StoreUnavailable("no node of the cluster has the key's slot")
+            else:
+                todo.setdefault(route, []).append(number)
+        for _ in range(_MOST_ROUNDS):
+            todo = self._round(asked, todo, answers, deadline)
+            if not todo:
+                break
+            self._topology.refresh(deadline)
+        return answers
+
+    def _round(
+        self, asked: _Command, todo: dict[Route, list[int]], answers: list[Any], deadline: float
+    ) -> dict[Route, list[int]]:
+        """Ask each server for its keys, and return those that are somewhere else."""
+        elsewhere: dict[Route, list[int]] = {}
+        for done, (route, numbers) in enumerate(todo.items()):
+            # a node that does not answer leaves the others their part of the time
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(todo) - done)
+            try:
+                found = route.node.talk(until, asked.conversation(numbers, asking=route.asking))
+            except StoreUnavailable as error:
+                self._topology.suspect()
+                found = [error] * len(numbers)
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+                if isinstance(answer, Refusal) and answer.word not in _OF_ONE_KEY:
+                    answers[number] = Refused(route.node.where, asked.name, answer)
+                    following = self._topology.follow(answer, route.node)
+                    if following is not None:
+                        elsewhere.setdefault(following, []).append(number)
+        return elsewhere
+
+
+class _Command(ABC):
+    """One command for many keys, pipelined. Repeating it changes nothing.
+
+    Attributes:
+        name: What the server calls it.
+        names: The keys, as the server knows them.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, names: list[bytes]) -> None:
+        self.names = names
+
+    @abstractmethod
+    def request(self, number: int) -> tuple[bytes | memoryview, ...]:
+        """Return what is sent for one key."""
+
+    def answer(self, wire: Wire, number: int) -> Any:
+        """Read what is answered for one key."""
+        return wire.reply()
+
+    def weight(self, number: int) -> int:
+        """Return about how many bytes one key moves."""
+        return 0
+
+    def conversation(self, numbers: Sequence[int], *, asking: bool) -> Any:
+        """Return what asks for some of the keys, by their numbers, and returns the answers."""
+
+        def converse(wire: Wire) -> list[Any]:
+            answers = []
+            for chunk in self._chunks(numbers):
+                parts: list[bytes | memoryview] = []
+                for number in chunk:
+                    if asking:
+                        parts.append(_ASKING)
+                    parts += self.request(number)
+                wire.send(parts)
+                for number in chunk:
+                    if asking:
+                        wire.reply()
+                    answers.append(self.answer(wire, number))
+            return answers
+
+        return converse
+
+    def _chunks(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        chunk: list[int] = []
+        weight = 0
+        for number in numbers:
+            more = self.weight(number)
+            if chunk and (weight + more > _PIPELINE_BYTES or len(chunk) == _PIPELINE_KEYS):
+                yield chunk
+                chunk, weight = [], 0
+            chunk.append(number)
+            weight += more
+        if chunk:
+            yield chunk
+
+
+class _Exists(_Command):
+    name = "EXISTS"
+
+    def request(self, number: int) -> tuple[bytes]:
+        return (command(b"EXISTS", self.names[number]),)
+
+
+class _Unlink(_Command):
+    name = "UNLINK"
+
+    def request(self, number: int) -> tuple[bytes]:
+        return (command(b"UNLINK", self.names[number]),)
+
+
+class _Get(_Command):
+    name = "GET"
+
+    def __init__(self, names: list[bytes], buffers: Sequence[memoryview]) -> None:
+        super().__init__(names)
+        self._buffers = buffers
+
+    def request(self, number: int) -> tuple[bytes]:
+        return (command(b"GET", self.names[number]),)
+
+    def answer(self, wire: Wire, number: int) -> Any:
+        return wire.reply_into(self._buffers[number])
+
+    def weight(self, number: int) -> int:
+        return len(self._buffers[number])
+
+
+class _Set(_Command):
+    name = "SET"
+
+    def __init__(self, names: list[bytes], frames: Sequence[memoryview], ttl: bytes) -> None:
+        super().__init__(names)
+        self._frames = frames
+        self._words = 5 if ttl else 3
+        self._tail = b"\r\n" + ttl
+
+    def request(self, number: int) -> tuple[bytes | memoryview, ...]:
+        frame = self._frames[number]
+        head = b"*%d\r\n$3\r\nSET\r\n%s$%d\r\n" % (self._words, _bulk(self.names[number]), len(frame))
+        return head, frame, self._tail
+
+    def weight(self, number: int) -> int:
+        return len(self._frames[number])
+
+
+def _bulk(text: bytes) -> bytes:
+    return b"$%d\r\n%s\r\n" % (len(text), text)
