@@ -24,7 +24,7 @@ __all__ = ["RedisOptions", "RedisStore"]
 
 _DEADLINE = 0.9  # of the tier's timeout: an answer just in time is worth more than one that nobody awaits any more
 _KEY_BYTES = 72
-_PIPELINE_BYTES = 8 << 20  # what a server may have to keep for us while we read
+_PIPELINE_BYTES = 16 << 20  # what a server may have to keep for us while we read; waiting for each block costs a third
 _PIPELINE_KEYS = 1024
 _MOST_ROUNDS = 5  # of keys that have moved while we looked for them
 _SCAN_COUNT = b"1000"

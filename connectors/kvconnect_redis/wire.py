@@ -6,6 +6,7 @@ Nothing that comes in is trusted: what does not follow the protocol ends the con
 
 from __future__ import annotations
 
+import math
 import socket
 import ssl
 import struct
@@ -19,6 +20,7 @@ __all__ = ["Late", "Lost", "Refusal", "Refused", "Reply", "Wire", "command"]
 
 _PEEK = 4096  # a reply's line must fit; what came of a body with its line is copied, the rest is not
 _MOST_PARTS = 1000  # of one sendmsg; IOV_MAX is 1024
+_SLACK = 0.98  # a socket's timeout is set again when so much less time is left: once a call, for most
 _DRAIN = 64 << 10
 _LONGEST_TEXT = 4096  # of a string in a nested reply: addresses, cursors, names of keys
 _MOST_ITEMS = 1 << 17  # of a nested reply: all slots of a cluster, each on its own
@@ -94,12 +96,14 @@ class Wire:
         self._view = memoryview(self._memory)
         self._start = self._end = 0
         self._deadline = 0.0
+        self._armed = math.inf  # the time left below which the socket's timeout is set anew
         if not self._encrypted:
             sock.settimeout(None)
 
     def begin(self, deadline: float) -> None:
         """Start a conversation that must end before `deadline` of `time.monotonic`."""
         self._deadline = deadline
+        self._armed = math.inf
         self.answered = False
         if self._start != self._end:
             raise Lost(f"{self.where} spoke without being asked")
@@ -129,25 +133,26 @@ class Wire:
         Returns:
             Its length; None if there is none, or it is longer than `buffer`.
         """
-        kind, rest = self._line()
-        if kind == b"-":
-            return _refusal(rest)
-        if kind != b"$":
+        room = len(buffer)
+        line_bytes = len(b"$%d\r\n" % room)  # of the line that announces a full buffer; then the body follows
+        line = self._line(line_bytes)
+        if line[:1] == b"-":
+            return _refusal(line)
+        if line[:1] != b"$":
             raise self._garbled("no string where one was asked for")
-        length = self._length(rest)
+        length = self._length(line)
         if length is None:
             return None
-        if length > len(buffer):
+        if length > room:
             self._drain(length + 2)
             return None
         here = min(length, self._end - self._start)
-        buffer[:here] = self._view[self._start : self._start + here]
-        self._start += here
+        if here:
+            buffer[:here] = self._view[self._start : self._start + here]
+            self._start += here
         if here < length:
-            self._start = self._end = 0
-            self._fill([buffer[here:length], self._view[:2]])
-            self._end = 2
-        self._line_end()
+            self._fill(buffer[here:length])
+        self._line_end(line_bytes)
         return length
 
     def reply(self) -> Reply:
@@ -162,21 +167,21 @@ class Wire:
         budget[0] -= 1
         if depth < 0 or budget[0] < 0:
             raise self._garbled("a reply without end")
-        kind, rest = self._line()
+        line = self._line(_PEEK)
+        kind = line[:1]
         if kind == b"+":
-            return rest
+            return line[1:]
         if kind == b"-":
-            return _refusal(rest)
+            return _refusal(line)
         if kind == b":":
-            return self._number(rest)
-        if kind == b"*":
-            count = self._length(rest)
-            return None if count is None else [self._nested(depth - 1, budget) for _ in range(count)]
-        if kind != b"$":
+            return self._number(line)
+        if kind not in (b"*", b"$"):
             raise self._garbled("a reply of an unknown kind")
-        length = self._length(rest)
+        length = self._length(line)
         if length is None:
             return None
+        if kind == b"*":
+            return [self._nested(depth - 1, budget) for _ in range(length)]
         if length > _LONGEST_TEXT:
             self._drain(length + 2)
             return None
@@ -184,49 +189,47 @@ class Wire:
         here = min(length, self._end - self._start)
         text[:here] = self._view[self._start : self._start + here]
         self._start += here
-        if here < length:
-            self._fill([memoryview(text)[here:]])
-        while self._end - self._start < 2:
-            self._more()
-        self._line_end()
+        self._fill(memoryview(text)[here:])
+        self._line_end(_PEEK)
         return bytes(text)
 
-    def _line(self) -> tuple[bytes, bytes]:
-        """Read a line; return its first byte and the rest."""
+    def _line(self, most: int) -> bytes:
+        """Read a line, receiving at most `most` bytes: little more than it where a body follows."""
         while True:
             end = self._memory.find(_CRLF, self._start, self._end)
             if end >= 0:
                 line = bytes(self._view[self._start : end])
                 self._start = end + 2
-                return line[:1], line[1:]
-            self._more()
+                return line
+            self._more(max(1, most - (self._end - self._start)))
 
-    def _more(self) -> None:
-        """Receive some bytes behind those that are there."""
+    def _more(self, most: int) -> None:
+        """Receive some bytes behind those that are there, at most `most`."""
         if self._start:
             kept = self._end - self._start
             self._memory[:kept] = self._memory[self._start : self._end]
             self._start, self._end = 0, kept
         if self._end == _PEEK:
             raise self._garbled("a line that is too long")
-        self._end += self._receive([self._view[self._end :]], 0)
+        self._end += self._receive(self._view[self._end : self._end + most], 0)
 
-    def _length(self, digits: bytes) -> int | None:
-        if digits == b"-1":
+    def _length(self, line: bytes) -> int | None:
+        if line[1:] == b"-1":
             return None
-        value = self._number(digits)
+        value = self._number(line)
         if value < 0:
             raise self._garbled("a negative length")
         return value
 
-    def _number(self, digits: bytes) -> int:
-        if not digits.removeprefix(b"-").isdigit() or len(digits) > 20:
+    def _number(self, line: bytes) -> int:
+        if not line[1:].removeprefix(b"-").isdigit() or len(line) > 20:
             raise self._garbled("no number where one was due")
-        return int(digits)
+        return int(line[1:])
 
-    def _line_end(self) -> None:
+    def _line_end(self, most: int) -> None:
+        """Read the end of a string, and of what follows at most `most` bytes: the next line comes with it."""
         while self._end - self._start < 2:
-            self._more()
+            self._more(2 + most)
         if self._view[self._start : self._start + 2] != _CRLF:
             raise self._garbled("a string of another length than it says")
         self._start += 2
@@ -238,26 +241,24 @@ class Wire:
         count -= here
         waste = memoryview(bytearray(min(count, _DRAIN)))
         while count:
-            count -= self._receive([waste[: min(count, _DRAIN)]], 0)
+            count -= self._receive(waste[: min(count, _DRAIN)], 0)
 
-    def _fill(self, views: list[memoryview]) -> None:
-        """Receive until all views are full."""
-        while views:
-            count = self._receive(views, socket.MSG_WAITALL)
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
+    def _fill(self, view: memoryview) -> None:
+        """Receive until `view` is full: on plain sockets with one system call, without the interpreter's lock."""
+        while len(view):
+            view = view[self._receive(view, socket.MSG_WAITALL) :]
 
-    def _receive(self, views: list[memoryview], flags: int) -> int:
+    def _receive(self, view: memoryview, flags: int) -> int:
         left = self._time_left()
         try:
             if self._encrypted:
                 self._sock.settimeout(left)
-                count = self._sock.recv_into(views[0])
+                count = self._sock.recv_into(view)
             else:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
-                count = self._sock.recvmsg_into(views, 0, flags)[0]
+                if left < self._armed:
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
+                    self._armed = left * _SLACK
+                count = self._sock.recv_into(view, 0, flags)
         except (BlockingIOError, TimeoutError) as error:
             raise self._late() from error
         except OSError as error:
@@ -309,6 +310,6 @@ def _timeval(seconds: float) -> bytes:
 
 
 def _refusal(line: bytes) -> Refusal:
-    word, _, rest = line.partition(b" ")
+    word, _, rest = line[1:].partition(b" ")
     shown = word.decode("ascii", "replace") if word.isalpha() and word.isupper() and len(word) <= 32 else "an error"
     return Refusal(shown, rest)
