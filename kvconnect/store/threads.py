@@ -30,7 +30,6 @@ LOOKUP, READ, WRITE = 0, 1, 2
 _STOP = 9
 
 
-
 class Outcome(Enum):
     """How a call ended, or did not."""
 

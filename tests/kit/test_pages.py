@@ -18,8 +18,9 @@ from kvconnect.testing.installed import KITS
 from kvconnect.testing.report import connector_table, mutant_list, mutants_by_rule, promise_list, replace_between, rules
 
 ROOT = Path(__file__).parents[2]
-REPORTS = [ROOT / "docs" / "conformance" / f"{name}.json" for name in ("host", "disk", "sqlite")]
-AGAIN = "python -m kvconnect.testing.pages README.md docs/conformance.md docs/conformance/{host,disk,sqlite}.json"
+NAMES = ("host", "disk", "redis", "s3", "mooncake", "sqlite")
+REPORTS = [ROOT / "docs" / "conformance" / f"{name}.json" for name in NAMES]
+AGAIN = f"python -m kvconnect.testing.pages README.md docs/conformance.md docs/conformance/{{{','.join(NAMES)}}}.json"
 
 
 def between(page: str, marker: str) -> str:

@@ -14,16 +14,15 @@ from typing import Any
 __all__ = ["run_kits"]
 
 
-def run_kits(target: str, options: dict[str, Any], folder: Path, env: Mapping[str, str] | None = None) -> Counter[str]:
+def run_kits(target: str, options: dict[str, Any], report: Path, env: Mapping[str, str] | None = None) -> Counter[str]:
     """Run all kits in a process of their own; return how many promises were kept, and how many not shown or declared.
 
     Args:
         target: The store's name.
         options: Its options. They stand on a command line: no secrets.
-        folder: For the report.
+        report: Where the report is written.
         env: Added to the environment: credentials.
     """
-    report = folder / "report.json"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "kvconnect.cli.main", "conformance", target, "--no-env-skips"),

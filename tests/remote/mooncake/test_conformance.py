@@ -9,6 +9,6 @@ from tests.remote.mooncake.pool import Pool
 
 
 def test_every_promise_of_the_kits_is_kept(pool: Pool, tmp_path: Path) -> None:
-    found = run_kits("mooncake", {"host": "127.0.0.1", "port": pool.port}, tmp_path)
+    found = run_kits("mooncake", {"host": "127.0.0.1", "port": pool.port}, tmp_path / "report.json")
     assert found["kept"] > 200
     assert found["broken"] == 0

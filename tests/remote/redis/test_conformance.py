@@ -13,6 +13,6 @@ def test_every_promise_of_the_kits_is_kept(tmp_path: Path) -> None:
     (port,) = free_ports(1)
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
     with Server(command, tmp_path / "log", lambda: listens(port)):
-        found = run_kits("redis", {"host": "127.0.0.1", "port": port}, tmp_path)
+        found = run_kits("redis", {"host": "127.0.0.1", "port": port}, tmp_path / "report.json")
     assert found["kept"] > 200
     assert found["broken"] == 0
