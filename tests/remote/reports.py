@@ -1,6 +1,6 @@
-"""Writes the reports of the remote stores' conformance, over servers of its own: `docs/conformance/redis.json` and so on.
+"""Writes the reports of the remote stores' conformance into `docs/conformance`, over servers of its own.
 
-python -m tests.remote.reports
+    python -m tests.remote.reports
 """
 
 from __future__ import annotations
