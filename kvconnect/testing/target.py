@@ -1,6 +1,6 @@
 """What is under test: finds the class that a name, URL, ``module:Class`` or type means, and opens it.
 
-A target never counts on an empty medium: kits use tokens and keys of their own. One that has a ``path`` option and none
+A target never counts on an empty medium: kits use tokens and keys of their own. One that needs a ``path`` and has none
 given gets a fresh folder for each test; ``{tmp}`` in options stands for that folder.
 """
 
@@ -195,8 +195,8 @@ class Target:
             name: value.replace("{tmp}", str(self.folder)) if isinstance(value, str) else value
             for name, value in spec.options.items()
         }
-        fields = {field.encode_name: field for field in msgspec.structs.fields(kind.Options)}
-        if "path" in fields and "path" not in filled:
+        needed = {field.encode_name for field in msgspec.structs.fields(kind.Options) if field.required}
+        if "path" in needed and "path" not in filled:
             filled["path"] = str(self.folder / "kv")
         return ConnectorSpec(spec.name, filled)
 
