@@ -604,7 +604,8 @@ class OffloadLeader(Leader):
             self._index.commit(entry)
         self._levels.count("saved", 0, outcome.committed)
         self._index.release_chain(outcome.loaded)
-        self._traffic.down.offer(outcome.committed)
+        # others were let go of before their step was reported: their slots may be somebody else's by now
+        self._traffic.down.offer(entry for entry in outcome.committed if entry.state is State.READY)
         self._suspended.closed(outcome.committed, outcome.voided)
         self._counts["committed_blocks"] += len(outcome.committed)
         self._counts["voided_blocks"] += len(outcome.voided)

@@ -73,7 +73,8 @@ class TierTraffic:
         self._drops: list[Move] = []
         self._patience_s = max([tier.use.timeout_s for tier in tiers], default=0.0)
         self._num_ranks = num_ranks
-        self._later: set[tuple[int, int]] = set()  # (rank, slot) of lost reports: quarantined until the rank names it
+        # (rank, slot) of lost reports: quarantined once for each move, until the rank has named them all
+        self._later: Counter[tuple[int, int]] = Counter()
         self._promoting: dict[int, tuple[Entry, RequestState]] = {}  # by slot
         self._wanting: dict[str, RequestState] = {}
         self.promoted = self.not_promoted = self.no_slot = 0
@@ -214,9 +215,11 @@ class TierTraffic:
 
     def _named_at_last(self, rank: int, slot: int) -> bool:
         """Say whether the rank names a slot whose report was lost: its traffic has ended, and nobody waits for it."""
-        if (rank, slot) not in self._later:
+        left = self._later.pop((rank, slot), 0)
+        if not left:
             return False
-        self._later.discard((rank, slot))
+        if left > 1:  # it was on its way to several stores
+            self._later[rank, slot] = left - 1
         self._index.unquarantine(slot)
         return True
 

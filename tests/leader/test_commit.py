@@ -100,6 +100,18 @@ def test_slot_of_a_lost_report_is_used_again_once_the_rank_names_it() -> None:
     script.leader._check_integrity()
 
 
+def test_slot_of_a_lost_report_is_out_of_use_until_the_rank_has_named_it_for_every_store() -> None:
+    script = Script(tiers=[tier(dict_store()), tier(dict_store(), name="other")], slots=3)
+    script.save("a", TOKENS)
+    down = script.plan().demotes.unpack()
+    script.leader.update_connector_output([b"torn"])
+    for to, left in ((0, 3), (1, 0)):
+        pairs = pack_ints(value for move in down if move.target == to for value in (to, move.slot))
+        script.report(script.plan(), demoted=pairs)
+        assert script.counts()["quarantined"] == left
+        script.leader._check_integrity()
+
+
 def test_plan_that_never_reached_its_worker_costs_no_slot() -> None:
     script = Script(tiers=[tier(dict_store())], slots=3)
     script.save("a", TOKENS)

@@ -185,6 +185,23 @@ def test_prefetch_makes_room_at_the_cost_of_others(store: type[HoldingStore]) ->
     script.leader.shutdown()
 
 
+def test_request_that_ends_before_its_pages_are_reported_as_saved_leaves_nothing(store: type[HoldingStore]) -> None:
+    script = script_over(store)
+    view = script.arrive("r", TOKENS, cache="none")
+    script.alloc(view, 0)
+    script.report(script.plan((view, 0, len(TOKENS))))
+    assert script.leader.suspend(view, [[0, 1, 2]], len(TOKENS))
+    plan = script.plan()
+    assert len(plan.saves.unpack()) == 3
+    script.leader.request_finished(view, [])
+    script.report(plan)
+    script.leader._check_integrity()
+    assert script.plan().demotes.unpack() == []
+    script.leader._check_integrity()
+    assert script.counts()["free"] == 16
+    script.leader.shutdown()
+
+
 def test_pages_are_not_saved_again_once_they_were_reported() -> None:
     script = Script(slots=16)
     view = script.arrive("r", TOKENS, cache="none")
