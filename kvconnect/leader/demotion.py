@@ -20,7 +20,7 @@ from kvconnect.store import Tier
 
 __all__ = ["Demotions"]
 
-_SHARE = 4  # of the slots, one in so many may be on its way to one store, and as many wait for it
+_SHARE = 4  # of the slots in use, one in so many may be on its way to one store, and as many wait for it
 _CALLS = 4  # but always as many calls for each of its threads
 _REMEMBERED = 1 << 18  # blocks that were seen once, a tier: about 60 MB of Python objects at the limit
 
@@ -38,13 +38,11 @@ class DemotionListener(Protocol):
 class _Down:
     """One tier's part."""
 
-    def __init__(self, tier: Tier, call_blocks: int, num_slots: int) -> None:
+    def __init__(self, tier: Tier, call_blocks: int) -> None:
         self.use = tier.use
         self.call_blocks = call_blocks
         self.gather_s = tier.store_class.capabilities.gather_s
-        share = num_slots // _SHARE
-        self.most_in_flight = max(share, _CALLS * tier.store_class.capabilities.concurrency * call_blocks)
-        self.most_waiting = max(share, call_blocks)
+        self.all_calls = _CALLS * tier.store_class.capabilities.concurrency * call_blocks
         self.waiting: deque[tuple[Entry, float]] = deque()  # with when each was offered
         self.in_flight: dict[int, tuple[set[int], set[int]]] = {}  # slot -> silent ranks, failed ranks
         self.queued: set[int] = set()  # slots of those that wait
@@ -85,7 +83,7 @@ class Demotions:
         self._clock = clock
         self._holding = set(holding_tiers(tiers))
         self._tiers = {
-            number: _Down(tier, tier.blocks_a_call(payload_bytes), index.num_slots)
+            number: _Down(tier, tier.blocks_a_call(payload_bytes))
             for number, tier in enumerate(tiers)
             if "w" in tier.use.mode
         }
@@ -129,7 +127,8 @@ class Demotions:
                     else:
                         self._wait(down, entry, now)
         for down in self._tiers.values():
-            self._drop_oldest(down, len(down.waiting) - down.most_waiting - self._room(down))
+            most = max(self._share, down.call_blocks) + self._room(down)
+            self._drop_oldest(down, len(down.waiting) - most)
 
     def plan(self) -> list[Move]:
         """Return what goes down now: what has waited, as much as may be on its way at once."""
@@ -192,8 +191,12 @@ class Demotions:
         down.waiting.append((entry, now))
         down.queued.add(entry.slot)
 
+    @property
+    def _share(self) -> int:
+        return self._index.num_usable // _SHARE  # not of those in reserve
+
     def _room(self, down: _Down) -> int:
-        return max(0, down.most_in_flight - len(down.in_flight))
+        return max(0, max(self._share, down.all_calls) - len(down.in_flight))
 
     def _gathers(self, down: _Down) -> bool:
         """Say whether there are too few for a call yet, and time to wait for more."""

@@ -7,6 +7,7 @@ does one whose breaker is open: one of its threads looks from time to time wheth
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -104,6 +105,7 @@ class StoreThreads:
         for thread in self._threads:
             thread.start()
         if not self._opened.wait(self.timeout_s):
+            self.close(0)  # should it open after all
             raise StoreUnavailable(f"store {tier.name!r} did not open within {self.timeout_s} s")
         if isinstance(self._open_error, KVConnectError):
             raise self._open_error
@@ -206,10 +208,7 @@ class StoreThreads:
     def _run(self, number: int) -> None:
         if number == 0:
             try:
-                opened = self.tier.open()
-                if self._memory is not None:
-                    opened.attach(self._memory)
-                self._store = opened
+                self._store = self._open()
             except BaseException as error:  # handed to the constructor, which raises it
                 self._open_error = error
             self._opened.set()
@@ -246,6 +245,17 @@ class StoreThreads:
             last = self._alive == 0
         if last:
             store.close()
+
+    def _open(self) -> BlockStore:
+        opened = self.tier.open()
+        try:
+            if self._memory is not None:
+                opened.attach(self._memory)
+        except BaseException:
+            with contextlib.suppress(Exception):  # why it cannot be used is what matters
+                opened.close()
+            raise
+        return opened
 
     def _look_again(self, store: BlockStore) -> None:
         if self.breaker.begin_probe():

@@ -9,11 +9,11 @@ import pytest
 
 from kvconnect import StoreCapabilities
 from kvconnect.errors import ConfigError
-from kvconnect.protocol import Plan
-from kvconnect.protocol.messages import pack_ints
+from kvconnect.protocol import Handshake, Plan
+from kvconnect.protocol.messages import GroupHandshake, pack_ints
 from kvconnect.protocol.retention import Retention, TokenRange
 from kvconnect.store import BlockStore, TierOptions
-from tests.leader.script import NONE, TOKENS, Script, saved_keys, wait_for
+from tests.leader.script import NONE, SIZE, TOKENS, Script, saved_keys, wait_for
 from tests.store.stores import dict_store, tier
 
 
@@ -118,6 +118,17 @@ def test_oldest_blocks_that_wait_for_a_slow_store_are_dropped_and_counted() -> N
     arrived(script, plan)
     assert down(script.plan()) == blocks[48:]
     script.leader._check_integrity()
+
+
+def test_slots_in_reserve_let_no_more_blocks_wait_for_a_slow_store() -> None:
+    script = Script(tiers=[tier(slow_store())])
+    block = GroupHandshake(SIZE, 0, 2, 1024, 0)
+    script.leader.set_handshake_metadata(
+        [Handshake(rank=0, num_slots=64, reserved_slots=1024, groups=(block,)).encode()]
+    )
+    blocks = saved(script.save("a", list(range(1000, 1256))))
+    assert down(script.plan()) == blocks[32:48]
+    assert script.counts()["claimed"] == 32
 
 
 def test_dropped_block_goes_down_when_it_is_used_again() -> None:

@@ -131,14 +131,28 @@ def test_store_that_refuses_its_configuration_says_so_to_the_opener() -> None:
 
 
 def test_store_that_does_not_open_in_time_is_unavailable() -> None:
-    gate = threading.Event()
+    gate, closed = threading.Event(), threading.Event()
 
     def hang(self: Any, options: Any, context: Any) -> None:
         gate.wait(10)
 
+    store = dict_store(__init__=hang, close=lambda self: closed.set(), capabilities=StoreCapabilities(concurrency=3))
     with pytest.raises(StoreUnavailable, match="did not open"):
-        StoreThreads(tier(dict_store(__init__=hang), timeout_s=0.05), "test")
+        StoreThreads(tier(store, timeout_s=0.05), "test")
     gate.set()
+    assert closed.wait(10), "a store that opened after all was left open"
+
+
+def test_store_that_cannot_take_the_memory_is_closed_again() -> None:
+    closed: list[object] = []
+
+    def refuse(self: Any, memory: memoryview) -> None:
+        raise OSError("cannot be registered")
+
+    store = dict_store(attach=refuse, close=lambda self: closed.append(self))
+    with pytest.raises(StoreUnavailable, match="cannot be registered"):
+        StoreThreads(tier(store), "test", memoryview(bytearray(8)))
+    assert len(closed) == 1
 
 
 def test_panic_of_a_foreign_library_is_a_failed_call_and_no_dead_thread() -> None:
