@@ -182,6 +182,8 @@ class Wire:
         if length is None:
             return None
         if kind == b"*":
+            if length > budget[0]:
+                raise self._garbled("a reply without end")
             return [self._nested(depth - 1, budget) for _ in range(length)]
         if length > _LONGEST_TEXT:
             self._drain(length + 2)

@@ -159,6 +159,7 @@ class Rubbish:
         self.answer = b":0\r\n"
         self.pause_s = 0.0
         self.accepted = 0
+        self._peers: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._stopped = threading.Event()
         self._threads = [threading.Thread(target=self._accept)]
@@ -171,20 +172,18 @@ class Rubbish:
 
     def _accept(self) -> None:
         while not self._stopped.is_set():
-            peer, _ = self._listener.accept()
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
             self.accepted += 1
+            self._peers.append(peer)
             self._threads.append(threading.Thread(target=self._serve, args=(peer,)))
             self._threads[-1].start()
 
     def _serve(self, peer: socket.socket) -> None:
         with peer, contextlib.suppress(OSError):
-            peer.settimeout(0.05)
-            while not self._stopped.is_set():
-                try:
-                    if not peer.recv(1 << 20):
-                        return
-                except TimeoutError:
-                    continue
+            while peer.recv(1 << 20):
                 if not self.pause_s:
                     peer.sendall(self.answer)
                     continue
@@ -198,7 +197,10 @@ class Rubbish:
 
     def __exit__(self, *exception: object) -> None:
         self._stopped.set()
-        socket.create_connection(self._listener.getsockname()).close()  # accept cannot be interrupted
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
         self._listener.close()
