@@ -2,9 +2,9 @@
 
     python benchmarks/redis_store.py
 
-Ours does what the worker does: a header with a checksum before each put, all of it verified after each get. The bare loop
-sends and receives RESP, pipelined in the same batches, and nothing else; "+sums" does the same checksums. redis-py uses
-hiredis, one SET or GET a block. All of them over TCP, on as many threads. Interleaved; medians.
+Ours does what the worker does: a header with a checksum before each put, all of it verified after each get. The bare
+loop sends and receives RESP, pipelined in the same batches, and nothing else; "+sums" does the same checksums. redis-py
+uses hiredis, one SET or GET a block. All of them over TCP, on as many threads. Interleaved; medians of ratios.
 """
 
 import os
@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -34,6 +35,7 @@ class Blocks:
     """What one thread puts and gets: its keys, slots to send from and slots to receive in."""
 
     def __init__(self, size: int, count: int) -> None:
+        """Make `count` blocks of `size` bytes."""
         self.size = size
         self.keys = [BlockKey(os.urandom(72)) for _ in range(count)]
         self.names = [b"kv:" + key.hex().encode() for key in self.keys]
@@ -42,42 +44,64 @@ class Blocks:
         self.received = [memoryview(bytearray(HEADER_BYTES + size)) for _ in range(count)]
 
     def batches(self) -> list[range]:
+        """Return the numbers of the blocks of each call, as many as the worker would give to one."""
         step = BATCH // self.size
         return [range(first, min(first + step, len(self.keys))) for first in range(0, len(self.keys), step)]
 
     def seal(self, numbers: range) -> list[memoryview]:
+        """Return frames."""
         return [
             seal_frame(self.sent[n], self.size, key=self.keys[n], fingerprint=FINGERPRINT, order=ORDER) for n in numbers
         ]
 
     def verify(self, numbers: range) -> None:
+        """Check frames."""
         for n in numbers:
             open_frame(self.received[n], key=self.keys[n], fingerprint=FINGERPRINT, payload_bytes=self.size)
 
 
-class Ours:
+class Client(ABC):
+    """Puts and gets all blocks of one thread."""
+
+    @abstractmethod
+    def put(self, blocks: Blocks) -> None:
+        """Send all blocks."""
+
+    @abstractmethod
+    def get(self, blocks: Blocks) -> None:
+        """Receive all blocks."""
+
+
+class Ours(Client):
+    """The store."""
+
     def __init__(self, port: int) -> None:
+        """Connect."""
         self.store = RedisStore(RedisOptions(host="127.0.0.1", port=port), StoreContext(name="redis", timeout_s=60.0))
 
     def put(self, blocks: Blocks) -> None:
+        """Write."""
         for numbers in blocks.batches():
             assert all(self.store.write([blocks.keys[n] for n in numbers], blocks.seal(numbers)))
 
     def get(self, blocks: Blocks) -> None:
+        """Read and verify."""
         for numbers in blocks.batches():
             found = self.store.read([blocks.keys[n] for n in numbers], [blocks.received[n] for n in numbers])
             assert list(found) == [HEADER_BYTES + blocks.size] * len(numbers)
             blocks.verify(numbers)
 
 
-class Bare:
+class Bare(Client):
     """RESP over a blocking socket, knowing every length beforehand."""
 
     def __init__(self, port: int, *, sums: bool) -> None:
+        """Connect when a thread comes."""
         self.port, self.sums = port, sums
         self.own = threading.local()
 
     def socket(self) -> socket.socket:
+        """Return the calling thread's socket."""
         if not hasattr(self.own, "socket"):
             self.own.socket = socket.create_connection(("127.0.0.1", self.port))
             self.own.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -85,6 +109,7 @@ class Bare:
         return connected
 
     def put(self, blocks: Blocks) -> None:
+        """SET a batch, then read its replies."""
         sock = self.socket()
         for numbers in blocks.batches():
             frames = blocks.seal(numbers) if self.sums else [blocks.sent[n] for n in numbers]
@@ -96,6 +121,7 @@ class Bare:
             assert sock.recv(5 * len(numbers), socket.MSG_WAITALL) == b"+OK\r\n" * len(numbers)
 
     def get(self, blocks: Blocks) -> None:
+        """GET a batch, then read its replies."""
         sock = self.socket()
         head = b"$%d\r\n" % (HEADER_BYTES + blocks.size)
         for numbers in blocks.batches():
@@ -108,22 +134,27 @@ class Bare:
                 blocks.verify(numbers)
 
 
-class RedisPy:
+class RedisPy(Client):
+    """As its documentation shows it."""
+
     def __init__(self, port: int) -> None:
+        """Connect."""
         self.client = redis.Redis(host="127.0.0.1", port=port, protocol=2)
 
     def put(self, blocks: Blocks) -> None:
+        """SET each."""
         for name, frame in zip(blocks.names, blocks.sent, strict=True):
-            self.client.set(name, frame)  # type: ignore[arg-type] # takes memoryviews, and says so nowhere
+            self.client.set(name, frame)
 
     def get(self, blocks: Blocks) -> None:
+        """GET each, and copy it to where it is wanted."""
         for name, buffer in zip(blocks.names, blocks.received, strict=True):
             buffer[:] = self.client.get(name)  # type: ignore[assignment] # bytes: nothing is decoded
 
 
 def compare(port: int, size: int, threads: int) -> None:
     each = [Blocks(size, TOTAL // size // threads) for _ in range(threads)]
-    clients = {
+    clients: dict[str, Client] = {
         "ours": Ours(port),
         "bare": Bare(port, sums=False),
         "bare+sums": Bare(port, sums=True),

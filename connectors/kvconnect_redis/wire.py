@@ -25,6 +25,7 @@ _DRAIN = 64 << 10
 _LONGEST_TEXT = 4096  # of a string in a nested reply: addresses, cursors, names of keys
 _MOST_ITEMS = 1 << 17  # of a nested reply: all slots of a cluster, each on its own
 _DEEPEST = 6
+_KINDS = b"+-:$*"
 _CRLF = b"\r\n"
 
 
@@ -181,6 +182,8 @@ class Wire:
         if length is None:
             return None
         if kind == b"*":
+            if length > budget[0]:
+                raise self._garbled("a reply without end")
             return [self._nested(depth - 1, budget) for _ in range(length)]
         if length > _LONGEST_TEXT:
             self._drain(length + 2)
@@ -201,6 +204,8 @@ class Wire:
                 line = bytes(self._view[self._start : end])
                 self._start = end + 2
                 return line
+            if self._start < self._end and self._memory[self._start] not in _KINDS:
+                raise self._garbled("a reply of an unknown kind")  # perhaps without an end
             self._more(max(1, most - (self._end - self._start)))
 
     def _more(self, most: int) -> None:
