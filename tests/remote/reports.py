@@ -1,6 +1,6 @@
 """Writes the reports of the remote stores' conformance into `docs/conformance`, over servers of its own.
 
-    python -m tests.remote.reports
+Run it by ``python -m tests.remote.reports``, with `.venv/bin` in the path.
 """
 
 from __future__ import annotations
