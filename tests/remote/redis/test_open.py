@@ -218,7 +218,8 @@ def rights(*, cluster: bool = False) -> list[str]:
     text = SECURITY.read_text("utf-8")
     (line,) = re.findall(r"^ +(ACL SETUSER kv .*)$", text, re.MULTILINE)
     (more,) = re.findall(r"In a Cluster also `([^`]*)`", text)
-    return (line.replace(">PASSWORD", ">" + PASSWORD) + (" " + more if cluster else "")).split()
+    words: str = line.replace(">PASSWORD", ">" + PASSWORD) + (" " + more if cluster else "")
+    return words.split()
 
 
 def everything(url: str) -> None:
