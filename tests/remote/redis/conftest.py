@@ -11,7 +11,7 @@ from kvconnect_redis import RedisStore
 
 from tests.remote.faults.redis_server import RedisCluster, RedisServer
 from tests.remote.processes import needs_program
-from tests.remote.redis.servers import Doors, open_store
+from tests.remote.redis.servers import Doors, open_patiently, open_store
 
 OpenStore = Callable[..., RedisStore]
 
@@ -57,11 +57,11 @@ def own_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def opened() -> Iterator[OpenStore]:
-    """Open stores, which are closed when the test is over; see `open_store`."""
+    """Open stores, which are closed when the test is over; see `open_store`, and `open_patiently` for `brief_s`."""
     stores: list[RedisStore] = []
 
-    def open_one(url: str, **options: Any) -> RedisStore:
-        stores.append(open_store(url, **options))
+    def open_one(url: str, *, brief_s: float = 0.0, **options: Any) -> RedisStore:
+        stores.append(open_patiently(url, brief_s) if brief_s else open_store(url, **options))
         return stores[-1]
 
     yield open_one

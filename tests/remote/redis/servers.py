@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import threading
@@ -11,13 +12,15 @@ from typing import Any, NamedTuple
 
 from kvconnect_redis import RedisOptions, RedisStore
 
+from kvconnect.errors import StoreUnavailable
 from kvconnect.options import convert_options, parse_specs
 from kvconnect.store import StoreContext
+from tests.remote.faults.load import wait_until
 from tests.remote.faults.redis_server import RedisServer
 from tests.remote.processes import free_ports, needs_program
 from tests.remote.s3.blocks import key
 
-__all__ = ["Authority", "Doors", "Held", "name_of", "open_store", "said"]
+__all__ = ["Authority", "Doors", "Held", "name_of", "open_patiently", "open_store", "said"]
 
 TIMEOUT_S = 10.0  # of a call that nothing is wrong with, on a busy machine
 
@@ -27,6 +30,19 @@ def open_store(url: str, *, timeout_s: float = TIMEOUT_S, **options: Any) -> Red
     (spec,) = parse_specs(url)
     converted = convert_options(spec.name, {**spec.options, **options}, RedisOptions)
     return RedisStore(converted, StoreContext(name=spec.name, timeout_s=timeout_s))
+
+
+def open_patiently(url: str, timeout_s: float) -> RedisStore:
+    """Open a store whose calls may take `timeout_s` only, trying again where a busy machine takes longer to open it."""
+    opened: list[RedisStore] = []
+
+    def opens() -> bool:
+        with contextlib.suppress(StoreUnavailable):
+            opened.append(open_store(url, timeout_s=timeout_s))
+        return bool(opened)
+
+    wait_until(opens, TIMEOUT_S, "a store")
+    return opened[0]
 
 
 def name_of(number: int, prefix: str = "kv:") -> bytes:

@@ -143,7 +143,7 @@ def test_dead_node_takes_only_its_own_keys_with_it(cluster: RedisCluster, opened
         for _ in range(3):
             started = time.monotonic()
             assert read(store, *NUMBERS) == wanted
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 3.0
         assert store.contains([key(n) for n in NUMBERS]) == [each is not None for each in wanted]
         frames = [memoryview(frame(n)) for n in NUMBERS]
         assert store.write([key(n) for n in NUMBERS], frames) == [n not in lost for n in NUMBERS]
@@ -166,7 +166,7 @@ def test_dead_node_takes_only_its_own_keys_with_it(cluster: RedisCluster, opened
 
 
 def test_cluster_that_does_not_answer_at_all_is_an_outage(cluster: RedisCluster, opened: OpenStore) -> None:
-    store = opened(url(cluster), timeout_s=0.5)
+    store = opened(url(cluster), brief_s=0.5)
     write(store, *NUMBERS)
     for node in cluster.masters:
         node.signal(signal.SIGSTOP)
@@ -174,7 +174,7 @@ def test_cluster_that_does_not_answer_at_all_is_an_outage(cluster: RedisCluster,
         started = time.monotonic()
         with pytest.raises(StoreUnavailable):
             read(store, *NUMBERS)
-        assert time.monotonic() - started < 0.9
+        assert time.monotonic() - started < 1.5
     finally:
         for node in cluster.masters:
             node.signal(signal.SIGCONT)
