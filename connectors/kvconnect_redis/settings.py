@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import ssl
 
 import msgspec
 
@@ -171,3 +172,15 @@ def _check_certificates(options: RedisOptions, name: str, *, tls: bool) -> None:
         raise ConfigError(f"{name!r}: with verify=false nothing is checked against ca_file; leave one of them out")
     if bool(options.cert_file) != bool(options.key_file):
         raise ConfigError(f"{name!r}: cert_file and key_file belong together; give both or none")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if options.ca_file:
+            context.load_verify_locations(options.ca_file)
+    except ssl.SSLError as error:
+        raise ConfigError(f"{name!r}: ca_file {options.ca_file!r} holds no certificates: {error.reason}") from error
+    try:
+        if options.cert_file:
+            context.load_cert_chain(options.cert_file, options.key_file)
+    except ssl.SSLError as error:
+        pair = f"cert_file {options.cert_file!r} and key_file {options.key_file!r}"
+        raise ConfigError(f"{name!r}: {pair} are no certificate and its key: {error.reason}") from error

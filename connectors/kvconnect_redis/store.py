@@ -27,6 +27,7 @@ _KEY_BYTES = 72
 _PIPELINE_BYTES = 16 << 20  # what a server may have to keep for us while we read; waiting for each block costs a third
 _PIPELINE_KEYS = 1024
 _MOST_ROUNDS = 5  # of keys that have moved while we looked for them
+_PROBES = 16  # a node with half of a cluster's slots passes for a single server once in 65,536 times
 _SCAN_COUNT = b"1000"
 _OF_ONE_KEY = ("OOM", "WRONGTYPE")  # refusals that are an answer: no room for it; something else has its name
 _ASKING = command(b"ASKING")
@@ -60,6 +61,7 @@ class RedisStore(BlockStore):
         self._ttl = b"" if not settings.ttl_ms else b"$2\r\nPX\r\n" + _bulk(b"%d" % settings.ttl_ms)
         self._timeout_s = context.timeout_s * _DEADLINE
         self._pid = os.getpid()
+        self._closed = False
         self._topology = Topology(settings, most_idle=self.capabilities.concurrency)
         try:
             self._open(settings)
@@ -97,7 +99,7 @@ class RedisStore(BlockStore):
         Raises:
             StoreUnavailable: If a node does not answer.
         """
-        self._check_process()
+        self._check_usable()
         self._topology.refresh(self._deadline())
         seen: set[BlockKey] = set()  # a server that grows its table while it is scanned names keys twice
         for node in self._topology.owners():
@@ -114,17 +116,19 @@ class RedisStore(BlockStore):
 
     def close(self) -> None:
         """Close every connection; the server keeps what it has."""
+        self._closed = True
         self._topology.close()
 
     def _open(self, settings: Settings) -> None:
-        """Look for a key that is not there: it shows the password, the permissions and the kind of server."""
+        """Look for keys that are not there: it shows the password, the permissions and the kind of server.
+
+        A node of a cluster that is taken for a single server refuses most of them, though not each.
+        """
         try:
             if settings.cluster:
                 self._topology.learn(self._deadline())
-            probe = _Exists([self._prefix + b"0" * (2 * _KEY_BYTES)])
-            (answer,) = self._ask(probe)
-            if isinstance(answer, StoreUnavailable):
-                raise answer
+            keys = [BlockKey(bytes([number]) * _KEY_BYTES) for number in range(_PROBES)]
+            self.contains(keys)
         except Refused as error:
             way = _MISCONFIGURED.get(error.refusal.word)
             if way is None or error.refusal.rest == _FULL:
@@ -136,7 +140,9 @@ class RedisStore(BlockStore):
     def _deadline(self) -> float:
         return time.monotonic() + self._timeout_s
 
-    def _check_process(self) -> None:
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("this store is closed")
         if os.getpid() != self._pid:
             raise StoreUnavailable("this store was opened before a fork, in another process; open one in each")
 
@@ -155,7 +161,7 @@ class RedisStore(BlockStore):
         return key if self._prefix + key.hex().encode() == name else None
 
     def _scan_page(self, node: Node, cursor: bytes) -> tuple[bytes, list[Any]]:
-        self._check_process()
+        self._check_usable()
         pattern = b"".join(b"\\" + bytes([c]) if c in b"*?[]\\" else bytes([c]) for c in self._prefix) + b"*"
         asked = command(b"SCAN", cursor, b"MATCH", pattern, b"COUNT", _SCAN_COUNT)
 
@@ -193,7 +199,7 @@ class RedisStore(BlockStore):
         Returns:
             Its answer for each key: a `StoreUnavailable` where there is none, a `Refusal` that concerns this key alone.
         """
-        self._check_process()
+        self._check_usable()
         deadline = self._deadline()
         self._topology.refresh(deadline)
         answers: list[Any] = [None] * len(asked.names)

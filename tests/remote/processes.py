@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 from kvconnect.testing.promise import not_here
 
@@ -120,7 +121,7 @@ class Server:
             self._process.kill()
         self._process.wait()
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         """Return itself."""
         return self
 

@@ -1,88 +1,69 @@
-"""Fixtures: one server with every way in, new ones for tests that hurt them, and a cluster."""
+"""Fixtures: a server with three doors, a cluster of three nodes, and stores that are closed again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kvconnect_redis import RedisStore
 
-from tests.remote.processes import free_ports, needs_program
-from tests.remote.redis.servers import (
-    PASSWORD,
-    RIGHTS,
-    USER,
-    Cluster,
-    Redis,
-    Rubbish,
-    certificates,
-)
+from tests.remote.faults.redis_server import RedisCluster, RedisServer
+from tests.remote.processes import needs_program
+from tests.remote.redis.servers import Doors, open_patiently, open_store
+
+OpenStore = Callable[..., RedisStore]
 
 
 @pytest.fixture(scope="session")
-def pems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of an authority, and of a certificate and key that are good for both sides."""
-    needs_program("openssl")
-    return certificates(tmp_path_factory.mktemp("pems"))
-
-
-@pytest.fixture(scope="session")
-def redis_ways(tmp_path_factory: pytest.TempPathFactory, pems: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """One server; what to open it with, by way: ``plain``, ``user``, ``tls`` and ``socket``."""
+def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    """For `server`."""
     needs_program("redis-server")
-    folder = tmp_path_factory.mktemp("redis")
-    port, tls_port = free_ports(2)
-    socket_path = str(folder / "sock")
-    arguments = ["--unixsocket", socket_path, "--tls-port", str(tls_port), "--tls-auth-clients", "no"]
-    arguments += ["--tls-ca-cert-file", pems["ca"], "--tls-cert-file", pems["cert"], "--tls-key-file", pems["key"]]
-    arguments += ["--user", USER, "on", f">{PASSWORD}", *RIGHTS.split()]
-    with Redis(folder, *arguments, port=port) as redis:
-        yield {
-            "plain": ("redis", redis.options),
-            "user": ("redis", {**redis.options, "user": USER, "password": PASSWORD}),
-            "tls": ("rediss", {"host": "127.0.0.1", "port": tls_port, "ca_file": pems["ca"]}),
-            "socket": ("unix", {"path": socket_path}),
-            "redis": redis,
-        }
-
-
-@pytest.fixture
-def shared(redis_ways: dict[str, Any]) -> Redis:
-    """The server that everybody uses, emptied."""
-    redis: Redis = redis_ways["redis"]
-    redis.client.flushall()
-    return redis
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Redis]]:
-    """Start servers of this test's own, with more arguments."""
-    needs_program("redis-server")
-    with ExitStack() as servers:
-        yield lambda *arguments: servers.enter_context(Redis(tmp_path / f"redis{id(arguments)}", *arguments))
+    with Doors(tmp_path_factory.mktemp("redis")) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
-def cluster_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Three nodes; about four seconds."""
-    needs_program("redis-server", "redis-cli")
-    with ExitStack() as stack:
-        cluster = Cluster(tmp_path_factory.mktemp("cluster"), stack)
-        yield cluster
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """For `cluster`; two seconds."""
+    needs_program("redis-server")
+    with RedisCluster(tmp_path_factory.mktemp("cluster"), 3) as started:
+        yield started
 
 
 @pytest.fixture
-def cluster(cluster_nodes: Cluster) -> Cluster:
-    """The cluster, emptied."""
-    for node in cluster_nodes.nodes:
-        node.client.flushall()
-    return cluster_nodes
+def server(one_server: Doors) -> Doors:
+    """An empty server for tests that leave its settings as they were."""
+    one_server.do("FLUSHALL")
+    return one_server
 
 
 @pytest.fixture
-def rubbish() -> Iterator[Rubbish]:
-    """A peer that speaks rubbish."""
-    with Rubbish() as peer:
-        yield peer
+def cluster(one_cluster: RedisCluster) -> RedisCluster:
+    """An empty cluster for tests that leave it whole."""
+    for node in one_cluster.masters:
+        node.do("FLUSHALL")
+    return one_cluster
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server that a test may harm."""
+    needs_program("redis-server")
+    with RedisServer(tmp_path) as started:
+        yield started
+
+
+@pytest.fixture
+def opened() -> Iterator[OpenStore]:
+    """Open stores, which are closed when the test is over; see `open_store`, and `open_patiently` for `brief_s`."""
+    stores: list[RedisStore] = []
+
+    def open_one(url: str, *, brief_s: float = 0.0, **options: Any) -> RedisStore:
+        stores.append(open_patiently(url, brief_s) if brief_s else open_store(url, **options))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        store.close()

@@ -1,4 +1,4 @@
-"""The store kit, over every kind of connection to a real server."""
+"""The store kit in its quick form, through every door."""
 
 from __future__ import annotations
 
@@ -7,44 +7,37 @@ from typing import Any
 import pytest
 
 from kvconnect.testing.store import StoreTests
-from tests.remote.redis.servers import Cluster
+from tests.remote.faults.redis_server import RedisCluster
+from tests.remote.redis.servers import Doors
 
 
-class _Kit(StoreTests):
+class _Quick(StoreTests):
     @pytest.fixture
     def quick(self) -> bool:
         return True
 
 
-class TestOverTcp(_Kit):
+class TestOnOneServer(_Quick):
     @pytest.fixture
-    def connector(self, redis_ways: dict[str, Any]) -> Any:
-        name, options = redis_ways["plain"]
-        return (name, {**options, "path": "/1"})
+    def connector(self, server: Doors) -> Any:
+        return ("redis", {"host": "127.0.0.1", "port": server.port, "path": "/0"})
 
 
-class TestAsUserWithLeastRights(_Kit):
+class TestOverUnixSocket(_Quick):
     @pytest.fixture
-    def connector(self, redis_ways: dict[str, Any]) -> Any:
-        name, options = redis_ways["user"]
-        return (name, {**options, "path": "/0", "prefix": "kv-of-the-kit:"})
+    def connector(self, server: Doors) -> Any:
+        return ("unix", {"path": str(server.socket)})
 
 
-class TestOverTls(_Kit):
+class TestOverTLS(_Quick):
     @pytest.fixture
-    def connector(self, redis_ways: dict[str, Any]) -> Any:
-        name, options = redis_ways["tls"]
-        return (name, {**options, "path": "/2"})
+    def connector(self, server: Doors) -> Any:
+        certificate = str(server.authority.certificate)
+        options = {"host": "127.0.0.1", "port": server.tls_port, "path": "/0", "ca_file": certificate}
+        return ("rediss", options)
 
 
-class TestOverUnixSocket(_Kit):
+class TestOnCluster(_Quick):
     @pytest.fixture
-    def connector(self, redis_ways: dict[str, Any]) -> Any:
-        name, options = redis_ways["socket"]
-        return (name, {**options, "db": 3})
-
-
-class TestOverCluster(_Kit):
-    @pytest.fixture
-    def connector(self, cluster: Cluster) -> Any:
-        return ("redis+cluster", {**cluster.options, "path": "/0"})
+    def connector(self, cluster: RedisCluster) -> Any:
+        return ("redis+cluster", {"host": "127.0.0.1", "port": cluster.masters[1].port, "path": "/0"})

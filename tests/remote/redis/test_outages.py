@@ -1,226 +1,230 @@
-"""Servers that go away, hang, or speak rubbish: every call ends in time, and connections come back by themselves."""
+"""A server that is killed, stopped, slow or cut off: calls end in time with an error, and come back by themselves."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import signal
-import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from kvconnect_redis import RedisStore
 
 from kvconnect.errors import StoreUnavailable
-from tests.remote.redis.servers import Redis, Rubbish, eventually, frame, key, open_store, read
+from tests.remote.faults.load import wait_until
+from tests.remote.faults.proxy import Proxy
+from tests.remote.faults.redis_server import RedisServer
+from tests.remote.redis.conftest import OpenStore
+from tests.remote.redis.servers import Doors, Held, open_patiently, open_store
+from tests.remote.s3.blocks import frame, key, read, write
 
-
-def test_idle_connection_that_the_server_closed_is_replaced_unseen(shared: Redis) -> None:
-    store = open_store(shared.options)
-    store.write([key(1)], [frame(1)])
-    calls: list[Callable[[], bool]] = [
-        lambda: read(store, 1) == [bytes(frame(1))],
-        lambda: store.contains([key(1)]) == [True],
-        lambda: store.write([key(1)], [frame(1)]) == [True],
-        lambda: store.write([key(2)], [frame(2, 4 << 20)]) == [True],
-    ]
-    for call in calls:
-        shared.client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        assert call()
-    assert shared.connections == 1
-    store.close()
-
-
-def test_server_that_comes_back_is_used_again(start: Callable[..., Redis]) -> None:
-    redis = start()
-    store = open_store(redis.options)
-    store.write([key(1)], [frame(1)])
-    redis.server.kill()
-    for call in (
-        lambda: read(store, 1),
-        lambda: store.contains([key(1)]),
-        lambda: store.write([key(1)], [frame(1)]),
-        lambda: store.remove([key(1)]),
-        lambda: list(store.scan()),
-    ):
-        with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{redis.port}"):
-            call()
-    redis.server.start()
-    eventually(lambda: store.write([key(1)], [frame(1)]) == [True], within_s=3.0)
-    assert read(store, 1) == [bytes(frame(1))]
-    store.close()
-
-
-def test_outages_leave_no_files_open(start: Callable[..., Redis]) -> None:
-    redis = start()
-    files = len(os.listdir("/proc/self/fd"))
-    store = open_store(redis.options)
-    redis.server.kill()
-    for _ in range(30):
-        with pytest.raises(StoreUnavailable):
-            store.contains([key(1)])
-    assert len(os.listdir("/proc/self/fd")) <= files + store.capabilities.concurrency
-    store.close()
-    assert len(os.listdir("/proc/self/fd")) == files
-
-
-def test_server_that_does_not_answer_is_not_asked_by_every_call(start: Callable[..., Redis]) -> None:
-    redis = start()
-    store = open_store(redis.options, timeout_s=0.2)
-    redis.server.signal(signal.SIGSTOP)
-    started = time.monotonic()
-    calls = 0
-    while time.monotonic() - started < 0.5:
-        calls += 1
-        with pytest.raises(StoreUnavailable):
-            store.contains([key(1)])
-        time.sleep(0.001)
-    redis.server.signal(signal.SIGCONT)
-    assert calls > 10
-    eventually(lambda: store.contains([key(1)]) == [False], within_s=3.0)
-    store.close()
-
-
-def answers(store: RedisStore) -> bool:
-    return read(store, 1) == [None]
-
-
-@pytest.mark.parametrize("way", ["tcp", "socket"])
-def test_deadline_is_kept_when_the_server_stops(start: Callable[..., Redis], tmp_path: Any, way: str) -> None:
-    redis = start("--unixsocket", str(tmp_path / "sock"))
-    where = ("redis", redis.options) if way == "tcp" else ("unix", {"path": str(tmp_path / "sock")})
-    calls: list[Callable[[Any], Any]] = [
-        lambda store: read(store, 1),
-        lambda store: store.contains([key(1)]),
-        lambda store: store.write([key(n) for n in range(8)], [frame(0, 8 << 20)] * 8),
-        lambda store: store.remove([key(1)]),
-    ]
-    stores = [open_store(where[1], name=where[0], timeout_s=0.4) for _ in calls]
-    redis.server.signal(signal.SIGSTOP)
-    for store, call in zip(stores, calls, strict=True):
-        started = time.monotonic()
-        with pytest.raises(StoreUnavailable, match="did not answer in time"):
-            call(store)
-        assert 0.3 < time.monotonic() - started < 0.8
-    redis.server.signal(signal.SIGCONT)
-    for store in stores:
-        eventually(partial(answers, store), within_s=3.0)
-        store.close()
-
-
-def test_waiting_for_the_server_does_not_hold_up_other_threads(start: Callable[..., Redis]) -> None:
-    redis = start()
-    store = open_store(redis.options, timeout_s=0.4)
-    redis.server.signal(signal.SIGSTOP)
-    failed: list[Exception] = []
-
-    def wait() -> None:
-        try:
-            read(store, 1)
-        except StoreUnavailable as error:
-            failed.append(error)
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    ticks = 0
-    while waiting.is_alive():
-        time.sleep(0.002)
-        ticks += 1
-    assert failed
-    assert ticks > 20
-    redis.server.signal(signal.SIGCONT)
-    store.close()
-
-
-RUBBISH = {
-    "another protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
-    "no length": b"$\r\nabc\r\n",
-    "letters for a length": b"$abc\r\n",
-    "a sign": b"$+5\r\nhello\r\n",
-    "an underscore": b"$1_0\r\n0123456789\r\n",
-    "a negative length": b"$-5\r\n",
-    "a length without end": b"$" + b"9" * 30 + b"\r\n",
-    "a line without end": b"$" + b"1" * 9000,
-    "a wrong end": b"$5\r\nhelloXX",
-    "a number": b":5\r\n",
-    "a list": b"*1\r\n$5\r\nhello\r\n",
-    "lists in lists": b"*1\r\n" * 10_000,
-    "a list without end": b"*999999999\r\n" + b"$-1\r\n" * 200_000,
-    "nulls": b"\0" * 100,
+BRIEF_S = 0.25
+SLACK_S = 1.0  # a busy machine
+BACK_S = 5.0
+CALLS: dict[str, Callable[[RedisStore], Any]] = {
+    "contains": lambda store: store.contains([key(1)]),
+    "read": lambda store: read(store, 1),
+    "write": lambda store: write(store, 1),
+    "write much": lambda store: write(store, 1, size=8 << 20),
+    "remove": lambda store: store.remove([key(1)]),
+    "scan": lambda store: list(store.scan()),
 }
 
 
-@pytest.mark.parametrize("answer", RUBBISH.values(), ids=RUBBISH)
-@pytest.mark.parametrize("call", ["read", "contains", "write", "remove", "scan"])
-def test_rubbish_ends_the_connection_and_is_no_answer(rubbish: Rubbish, answer: bytes, call: str) -> None:
-    store = open_store(rubbish.options, timeout_s=2.0)
-    memory = bytearray(100)
-    rubbish.answer = answer
-    calls: dict[str, Callable[[], Any]] = {
-        "read": lambda: store.read([key(1)], [memoryview(memory)[:50]]),
-        "contains": lambda: store.contains([key(1)]),
-        "write": lambda: store.write([key(1)], [frame(1)]),
-        "remove": lambda: store.remove([key(1)]),
-        "scan": lambda: list(store.scan()),
-    }
-    if call in ("contains", "write", "remove") and answer in (RUBBISH["a number"], RUBBISH["a list"]):
-        # well-formed, but not what was asked for: not taken for a yes, and the stream stays in step
-        assert calls[call]() in ([False], None)
-    else:
-        with pytest.raises(StoreUnavailable, match="does not follow the protocol"):
-            calls[call]()
-        rubbish.answer = b":0\r\n"
-        assert store.contains([key(1)]) == [False]
-        in_step = call == "scan" and answer in (RUBBISH["a number"], RUBBISH["a list"])
-        assert rubbish.accepted == (1 if in_step else 2)
-    assert memory[50:] == bytes(50)
-    store.close()
+@pytest.fixture
+def proxy(server: Doors) -> Iterator[Proxy]:
+    with Proxy(server.port) as proxy:
+        yield proxy
 
 
-def test_answers_with_more_behind_them_end_the_connection(rubbish: Rubbish) -> None:
-    store = open_store(rubbish.options)
-    rubbish.answer = b":1\r\n:1\r\n"
-    assert store.contains([key(1)]) == [True]
-    rubbish.answer = b":0\r\n"
-    assert store.contains([key(1)]) == [False]
-    assert rubbish.accepted == 2
-    store.close()
+@pytest.fixture
+def tls_proxy(server: Doors) -> Iterator[Proxy]:
+    with Proxy(server.tls_port) as proxy:
+        yield proxy
 
 
-def test_error_of_any_kind_shows_its_code_only(rubbish: Rubbish) -> None:
-    store = open_store(rubbish.options)
-    for answer, shown in (
-        (b"-MISCONF s3cret\r\n", "MISCONF"),
-        (b"-LOADING s3cret\r\n", "LOADING"),
-        (b"-s3cret\r\n", "an error"),
-        (b"-S3CRET x\r\n", "an error"),
-    ):
-        rubbish.answer = answer
-        with pytest.raises(StoreUnavailable, match=f"refuses SET with {shown}$") as refused:
-            store.write([key(1)], [frame(1)])
-        assert "cret" not in str(refused.value).lower()
-    assert rubbish.accepted == 1
-    store.close()
+def proxied(server: Doors, proxy: Proxy) -> str:
+    """Return the URL of the server's door that a proxy stands before."""
+    if proxy.target == server.tls_port:
+        return f"rediss://127.0.0.1:{proxy.port}?ca_file={server.authority.certificate}"
+    return f"redis://127.0.0.1:{proxy.port}"
+
+
+def ends_in_time(call: Callable[[], object], seconds: float = BRIEF_S) -> None:
+    """See that a call fails, and does not take longer than it may."""
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        call()
+    assert time.monotonic() - started < seconds + SLACK_S
+
+
+def comes_back(store: RedisStore, number: int = 1) -> None:
+    """See that blocks are written and read again, soon."""
+
+    def works() -> bool:
+        with contextlib.suppress(StoreUnavailable):
+            write(store, number)
+            return read(store, number) == [frame(number)]
+        return False
+
+    wait_until(works, BACK_S, "a store that works")
+
+
+@pytest.mark.parametrize("door", ["url", "tls_url", "socket_url"])
+@pytest.mark.parametrize("name", CALLS)
+def test_connection_that_died_while_idle_is_replaced_unseen(
+    server: Doors, opened: OpenStore, door: str, name: str
+) -> None:
+    store = opened(getattr(server, door))
+    write(store, 1)
+    server.do("CLIENT", "KILL", "TYPE", "normal")
+    CALLS[name](store)
+
+
+def test_server_killed_and_started_again(own_server: RedisServer, opened: OpenStore) -> None:
+    store = opened(f"redis://127.0.0.1:{own_server.port}")
+    write(store, 1)
+    own_server.kill()
+    for call in CALLS.values():
+        with pytest.raises(StoreUnavailable, match=str(own_server.port)):
+            call(store)
+    own_server.start()
+    wait_until(lambda: _asks(store), BACK_S, "an answer")
+    assert read(store, 1) == [None]
+    comes_back(store)
+
+
+def _asks(store: RedisStore) -> bool:
+    with contextlib.suppress(StoreUnavailable):
+        store.contains([key(1)])
+        return True
+    return False
 
 
 @pytest.mark.parametrize(
-    "answer", [b"$4000\r\n" + b"x" * 4000 + b"\r\n", b"-" + b"x" * 4000, b"$90000\r\n" + b"x" * 90_000]
+    ("door", "name"),
+    [("url", name) for name in CALLS]
+    + [(door, name) for door in ("tls_url", "socket_url") for name in ("read", "write much")],
 )
-def test_trickle_does_not_stretch_the_deadline(rubbish: Rubbish, answer: bytes) -> None:
-    store = open_store(rubbish.options, timeout_s=0.5)
-    rubbish.answer, rubbish.pause_s = answer, 0.01
-    started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match="did not answer in time"):
-        read(store, 1)
-    assert time.monotonic() - started < 1.0
-    store.close()
+def test_stopped_server_is_waited_for_no_longer_than_said(
+    server: Doors, opened: OpenStore, door: str, name: str
+) -> None:
+    store = opened(getattr(server, door), brief_s=BRIEF_S)
+    comes_back(store)
+    server.signal(signal.SIGSTOP)
+    try:
+        ends_in_time(lambda: CALLS[name](store))
+    finally:
+        server.signal(signal.SIGCONT)
+    comes_back(store)
 
 
-def test_trickling_handshake_does_not_stretch_the_deadline(rubbish: Rubbish) -> None:
-    rubbish.answer, rubbish.pause_s = b"+OK" + b" " * 1000, 0.01
-    started = time.monotonic()
-    with pytest.raises(StoreUnavailable, match="did not answer in time"):
-        open_store({**rubbish.options, "client_name": "x"}, timeout_s=0.5)
-    assert time.monotonic() - started < 1.0
+@pytest.mark.parametrize("door", ["url", "tls_url", "socket_url"])
+def test_stopped_server_lets_nobody_in_and_opening_ends_in_time(server: Doors, door: str) -> None:
+    server.signal(signal.SIGSTOP)
+    try:
+        ends_in_time(lambda: open_store(getattr(server, door), timeout_s=BRIEF_S))
+    finally:
+        server.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("encrypted", [False, True], ids=["plain", "TLS"])
+@pytest.mark.parametrize("name", ["read", "write"])
+def test_trickle_ends_in_time(
+    server: Doors, opened: OpenStore, proxy: Proxy, tls_proxy: Proxy, encrypted: bool, name: str
+) -> None:
+    """Bytes come all the while, some every few milliseconds: no single one is late."""
+    used = tls_proxy if encrypted else proxy
+    frames = [
+        memoryview(bytes(size)) for size in (4 << 20, 16 << 20)
+    ]  # the second: more than the kernel's buffers take
+    assert opened(server.url).write([key(1)], frames[:1]) == [True]
+    store = opened(proxied(server, used), brief_s=0.6)
+    used.rate = 500_000.0
+    calls: dict[str, Callable[[], object]] = {
+        "read": lambda: store.read([key(1)], [memoryview(bytearray(4 << 20))]),
+        "write": lambda: store.write([key(2)], frames[1:]),
+    }
+    ends_in_time(calls[name], 0.6)
+    assert used.num_bytes["down" if name == "read" else "up"] > 30_000
+    used.rate = None
+    used.cut()
+    comes_back(store, 3)
+
+
+@pytest.mark.parametrize(
+    ("encrypted", "place"),
+    [(False, 100), (False, 4096), (False, 70_000), (True, 70_000), (True, 900_000)],
+    ids=str,
+)
+def test_reset_within_a_value_is_an_error_and_the_next_call_right(
+    server: Doors, opened: OpenStore, proxy: Proxy, tls_proxy: Proxy, encrypted: bool, place: int
+) -> None:
+    used = tls_proxy if encrypted else proxy
+    store = opened(proxied(server, used))
+    write(store, 1, 2, size=1 << 20)
+    used.reset_after(place, "down")
+    with pytest.raises(StoreUnavailable, match=str(used.port)):
+        read(store, 1, 2, size=1 << 20)
+    assert not used.armed
+    assert read(store, 2, 1, size=1 << 20) == [frame(2, 1 << 20), frame(1, 1 << 20)]
+
+
+@pytest.mark.parametrize("place", [100, 70_000, 1_500_000])
+def test_what_was_written_in_part_is_not_there(server: Doors, opened: OpenStore, proxy: Proxy, place: int) -> None:
+    store = opened(proxied(server, proxy))
+    proxy.reset_after(place, "up")
+    frames = [memoryview(frame(number, 1 << 20)) for number in (1, 2)]
+    with contextlib.suppress(StoreUnavailable):  # it is tried once more: nothing had been answered
+        assert store.write([key(1), key(2)], frames) == [True, True]
+    assert not proxy.armed
+    assert all(server.do("STRLEN", name) == 1 << 20 for name in server.do("KEYS", "*"))
+    comes_back(store, 3)
+
+
+def test_errors_leave_nothing(server: Doors, opened: OpenStore, proxy: Proxy) -> None:
+    """Neither connections nor threads, however calls and openings ended."""
+    elsewhere = opened(server.url)
+    for round_number in range(3):
+        if round_number == 1:
+            wait_until(lambda: not proxy.num_open, BACK_S, "connections that end")
+            before = Held.now()
+            clients = server.num_clients()
+        elsewhere.write([key(1)], [memoryview(frame(1, 1 << 20))])
+        store = open_patiently(proxied(server, proxy), BRIEF_S)
+        proxy.reset_after(500_000, "down")
+        with pytest.raises(StoreUnavailable):
+            read(store, 1, size=1 << 20)
+        comes_back(store)
+        proxy.hole = True
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                read(store, 1)
+        store.close()
+        with pytest.raises(StoreUnavailable):
+            open_store(proxied(server, proxy), timeout_s=BRIEF_S)
+        proxy.hole = False
+    wait_until(lambda: not proxy.num_open, BACK_S, "connections that end")
+    wait_until(lambda: server.num_clients() <= clients, BACK_S, "clients that leave")
+    wait_until(lambda: Held.now() == before, BACK_S, lambda: f"{Held.now()}, {before} before")
+
+
+def test_server_whose_places_are_taken_is_no_mistake(tmp_path: Path) -> None:
+    """It may have room a moment later, so the configuration is not blamed."""
+    with RedisServer(tmp_path) as server:
+        server.do("CONFIG", "SET", "maxclients", 1)
+        url = f"redis://127.0.0.1:{server.port}"
+        first = open_store(url)
+        with pytest.raises(StoreUnavailable):
+            open_store(url, timeout_s=BRIEF_S)
+        first.close()
+        wait_until(lambda: _opens(url), BACK_S, "a place")
+
+
+def _opens(url: str) -> bool:
+    with contextlib.suppress(StoreUnavailable):
+        open_store(url).close()
+        return True
+    return False

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 
-from kvconnect_s3 import S3Store
-
 from kvconnect.protocol import BlockKey
+from kvconnect.store import BlockStore
 
 __all__ = ["frame", "key", "read", "write"]
 
@@ -21,13 +20,13 @@ def frame(number: int, size: int = 5000) -> bytes:
     return random.Random(-number - 1).randbytes(size)
 
 
-def write(store: S3Store, *numbers: int, size: int = 5000) -> None:
+def write(store: BlockStore, *numbers: int, size: int = 5000) -> None:
     """Write blocks in one call."""
     taken = store.write([key(n) for n in numbers], [memoryview(frame(n, size)) for n in numbers])
     assert list(taken) == [True] * len(numbers)
 
 
-def read(store: S3Store, *numbers: int, size: int = 8192) -> list[bytes | None]:
+def read(store: BlockStore, *numbers: int, size: int = 8192) -> list[bytes | None]:
     """Read blocks in one call."""
     buffers = [bytearray(size) for _ in numbers]
     lengths = store.read([key(n) for n in numbers], [memoryview(buffer) for buffer in buffers])
