@@ -16,6 +16,7 @@ from kvconnect.leader.index import BlockIndex, Entry, State
 from kvconnect.leader.lookup import Presence
 from kvconnect.protocol.keys import BlockHash, is_private
 from kvconnect.protocol.messages import Move
+from kvconnect.protocol.retention import DEFAULT_PRIORITY
 from kvconnect.store import Tier
 
 __all__ = ["Demotions"]
@@ -174,7 +175,8 @@ class Demotions:
     def _takes(self, down: _Down, entry: Entry) -> bool:
         """Say whether the tier's options let a block in."""
         use = down.use
-        if entry.priority < use.min_priority or (use.blocks != "all" and entry.decoded != (use.blocks == "decoded")):
+        priority = entry.priority if self._clock() < entry.until else DEFAULT_PRIORITY
+        if priority < use.min_priority or (use.blocks != "all" and entry.decoded != (use.blocks == "decoded")):
             self.counts["demotes_refused"] += 1
             return False
         if use.write == "through":

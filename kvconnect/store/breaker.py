@@ -39,7 +39,6 @@ class Breaker:
         self._failures = 0
         self._wait_s = _FIRST_WAIT_S
         self._probe_at = 0.0
-        self._probing = False
         self.num_opened = 0
 
     @property
@@ -73,20 +72,24 @@ class Breaker:
         """Return how long until a probe may be due, 0 if it is, None while there is nothing to find out."""
         if self._state != "open":
             return None
-        return self._wait_s if self._probing else max(0.0, self._probe_at - self._clock())
+        return max(0.0, self._probe_at - self._clock())
 
     def begin_probe(self) -> bool:
-        """Say whether the caller is to probe now: one of many threads, once it is due; it must then call `probed`."""
+        """Say whether the caller is to probe now: one of many threads, once it is due; it must then call `probed`.
+
+        A probe that hangs, on a connection that is dead for all that is known, does not keep others from theirs.
+        """
         with self._lock:
-            if self._state != "open" or self._probing or self._clock() < self._probe_at:
+            if self._state != "open" or self._clock() < self._probe_at:
                 return False
-            self._probing = True
+            self._probe_at = self._clock() + _LONGEST_WAIT_S
             return True
 
     def probed(self, *, answered: bool) -> None:
         """Learn how a probe ended."""
         with self._lock:
-            self._probing = False
+            if self._state != "open":  # another thread's was answered meanwhile
+                return
             if answered:
                 self._state = "half open"
             else:

@@ -259,6 +259,7 @@ class StoreThreads:
 
     def _look_again(self, store: BlockStore) -> None:
         if self.breaker.begin_probe():
+            self._queue.put((LOOKUP, next(self._order), None))  # should it hang: let another thread look later
             # no block's key, and another each time: a store of many parts may miss one of them for long
             event = self._perform(store, _Call(None, lambda opened: opened.contains([BlockKey(os.urandom(KEY_BYTES))])))
             self.breaker.probed(answered=event.outcome is Outcome.DONE)

@@ -79,6 +79,16 @@ def test_tier_takes_no_block_below_its_priority_until_a_request_raises_it() -> N
     assert down(script.save("b", TOKENS[:8], retention=Retention((TokenRange(0, None, 80),)))) == blocks[:2]
 
 
+def test_priority_that_has_ended_lets_no_block_into_a_tier() -> None:
+    now = [0.0]
+    script = Script(tiers=[tier(dict_store(), min_priority=50, write="second_hit")], clock=lambda: now[0])
+    high = Retention((TokenRange(0, None, 80, 10.0),))
+    blocks = saved(script.save("a", TOKENS, retention=high))
+    now[0] = 10.0
+    assert down(script.save("b", TOKENS[:8])) == []
+    assert down(script.save("c", TOKENS[:8], retention=high)) == blocks[:2]
+
+
 def test_hit_in_a_lower_tier_goes_to_the_tiers_between() -> None:
     upper, middle, lower = (dict_store() for _ in range(3))
     tiers = [tier(upper), tier(middle, mode="r"), tier(lower)]

@@ -183,3 +183,35 @@ def test_store_of_which_other_threads_hang_is_looked_after_by_an_idle_one() -> N
         time.sleep(0.001)
     gate.set()
     assert threads.close()
+
+
+def test_probe_that_hangs_does_not_keep_other_threads_from_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvconnect.store.breaker._LONGEST_WAIT_S", 0.5)
+    gate = threading.Event()
+    calls: list[threading.Thread] = []
+
+    def contains(store: BlockStore, keys: Sequence[BlockKey]) -> Sequence[bool]:
+        calls.append(threading.current_thread())
+        if len(calls) == 1:  # on a connection that is dead
+            gate.wait(30)
+        return [False] * len(keys)
+
+    def raises(store: BlockStore) -> None:
+        raise OSError("no medium")
+
+    store = dict_store(contains=contains, capabilities=StoreCapabilities(concurrency=3))
+    threads = StoreThreads(tier(store), "test")
+    for number in range(3):
+        threads.submit(number, READ, raises)
+    deadline = time.monotonic() + 10
+    while threads.breaker.state != "half open":
+        assert time.monotonic() < deadline, threads.breaker.state
+        time.sleep(0.001)
+    assert len(set(calls)) == 2
+    threads.submit("read", READ, lambda store: None)
+    while threads.breaker.state != "closed":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    gate.set()
+    assert threads.close()
+    assert threads.breaker.state == "closed"
