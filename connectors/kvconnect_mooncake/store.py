@@ -42,7 +42,7 @@ class _Part(NamedTuple):
 
 
 class MooncakeStore(BlockStore):
-    """One client of a pool that many processes and machines share."""
+    """The memory pool of a Mooncake Store, which many processes and machines use at once."""
 
     Options = MooncakeOptions
     capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(

@@ -44,7 +44,7 @@ _FULL = b"max number of clients reached"
 
 
 class RedisStore(BlockStore):
-    """One server, or one cluster, used by any number of processes at once."""
+    """A Redis or Valkey server, or a cluster of them, used by any number of processes at once."""
 
     Options = RedisOptions
     capabilities: ClassVar[StoreCapabilities] = StoreCapabilities(shared=True, scans=True, concurrency=2)

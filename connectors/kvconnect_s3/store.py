@@ -45,7 +45,7 @@ class _Wanted(NamedTuple):
 
 
 class S3Store(BlockStore):
-    """One prefix of a bucket, used by any number of machines at once.
+    """One prefix of an S3 bucket, used by any number of machines at once.
 
     Nothing is deleted but the log's own beginning. How long blocks are kept is for a lifecycle rule of the bucket to
     say, on ``<prefix>/packs/`` and nowhere else: an expired pack is a miss. It should also end multipart uploads that
