@@ -24,8 +24,10 @@ __all__ = ["RedisOptions", "RedisStore"]
 
 _DEADLINE = 0.9  # of the tier's timeout: an answer just in time is worth more than one that nobody awaits any more
 _KEY_BYTES = 72
-_PIPELINE_BYTES = 16 << 20  # what a server may have to keep for us while we read; waiting for each block costs a third
-_PIPELINE_KEYS = 1024
+# What is under way at a time: so little that it is still in the caches when the other side comes to it. Blocks of 256 KiB
+# are put 1.4 times as fast as with 8 MiB at a time, and got 1.3 times as fast.
+_FLYING_BYTES = 512 << 10
+_FLYING_MOST = 1024
 _MOST_ROUNDS = 5  # of keys that have moved while we looked for them
 _PROBES = 16  # a node with half of a cluster's slots passes for a single server once in 65,536 times
 _SCAN_COUNT = b"1000"
@@ -248,9 +250,11 @@ class _Command(ABC):
     Attributes:
         name: What the server calls it.
         names: The keys, as the server knows them.
+        least: How many are under way at a time, however many bytes that is.
     """
 
     name: ClassVar[str]
+    least: ClassVar[int] = 1
 
     def __init__(self, names: list[bytes]) -> None:
         self.names = names
@@ -271,34 +275,30 @@ class _Command(ABC):
         """Return what asks for some of the keys, by their numbers, and returns the answers."""
 
         def converse(wire: Wire) -> list[Any]:
-            answers = []
-            for chunk in self._chunks(numbers):
-                parts: list[bytes | memoryview] = []
-                for number in chunk:
-                    if asking:
-                        parts.append(_ASKING)
-                    parts += self.request(number)
-                wire.send(parts)
-                for number in chunk:
-                    if asking:
-                        wire.reply()
-                    answers.append(self.answer(wire, number))
+            answers: list[Any] = []
+            weights = [self.weight(number) for number in numbers]
+            sent = flying = 0  # requests; bytes of those that are not answered
+            for done, number in enumerate(numbers):
+                waiting = sent - done
+                if waiting < self.least or (waiting <= _FLYING_MOST // 2 and flying <= _FLYING_BYTES // 2):
+                    parts: list[bytes | memoryview] = []
+                    while sent < len(numbers) and sent - done < _FLYING_MOST:
+                        if flying >= _FLYING_BYTES and sent - done >= self.least:
+                            break
+                        if asking:
+                            parts.append(_ASKING)
+                        parts += self.request(numbers[sent])
+                        flying += weights[sent]
+                        sent += 1
+                    if parts:
+                        wire.send(parts)
+                if asking:
+                    wire.reply()
+                answers.append(self.answer(wire, number))
+                flying -= weights[done]
             return answers
 
         return converse
-
-    def _chunks(self, numbers: Sequence[int]) -> Iterator[list[int]]:
-        chunk: list[int] = []
-        weight = 0
-        for number in numbers:
-            more = self.weight(number)
-            if chunk and (weight + more > _PIPELINE_BYTES or len(chunk) == _PIPELINE_KEYS):
-                yield chunk
-                chunk, weight = [], 0
-            chunk.append(number)
-            weight += more
-        if chunk:
-            yield chunk
 
 
 class _Exists(_Command):
@@ -317,6 +317,7 @@ class _Unlink(_Command):
 
 class _Get(_Command):
     name = "GET"
+    least = 3  # the server copies the next while we receive one: 1.4 times as fast as one by one with 2 MiB
 
     def __init__(self, names: list[bytes], buffers: Sequence[memoryview]) -> None:
         super().__init__(names)
