@@ -7,6 +7,7 @@ loop sends and receives RESP, pipelined in the same batches, and nothing else; "
 uses hiredis, one SET or GET a block. All of them over TCP, on as many threads. Interleaved; medians of ratios.
 """
 
+import contextlib
 import os
 import socket
 import statistics
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -183,22 +184,29 @@ def compare(port: int, size: int, threads: int) -> None:
             print(f"    {kind} {ratio:5.2f} x {name:10} limit {limit:4.2f} {'ok' if ratio >= limit else 'MISSED'}")
 
 
-def main() -> None:
+@contextlib.contextmanager
+def running_server() -> Iterator[int]:
+    """Run a server that keeps nothing on disk; yields its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        port: int = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
         server = subprocess.Popen([*command, "--appendonly", "no"], stdout=subprocess.DEVNULL)
         try:
             while socket.socket().connect_ex(("127.0.0.1", port)):
                 time.sleep(0.05)
-            for size in (256 << 10, 2 << 20):
-                for threads in (1, 2):
-                    compare(port, size, threads)
+            yield port
         finally:
             server.kill()
             server.wait()
+
+
+def main() -> None:
+    with running_server() as port:
+        for size in (256 << 10, 2 << 20):
+            for threads in (1, 2):
+                compare(port, size, threads)
 
 
 if __name__ == "__main__":
