@@ -12,7 +12,7 @@ REMOTE := $(addprefix tests/remote/,s3 mooncake faults redis/test_conformance.py
 REMOTE_ENV := PATH="$(abspath $(BIN)):$$PATH" KVCONNECT_NEEDS_REMOTE=1
 VLLM_STAMP := $(VLLM)/.installed
 
-.PHONY: demo test test-kits test-examples test-remote test-vllm lint types unit bench bench-vllm format clean
+.PHONY: demo test test-kits test-examples test-remote test-vllm lint types unit bench bench-remote bench-vllm format clean
 
 demo: $(STAMP)
 	$(BIN)/kvconnect demo
@@ -52,7 +52,12 @@ test-vllm: $(VLLM_STAMP)
 	KVCONNECT_NEEDS_VLLM=1 $(VLLM)/bin/python -m pytest tests/vllm -n 2 --dist loadfile -q
 
 bench: $(STAMP)
-	for script in benchmarks/[!v]*.py; do $(BIN)/python $$script || exit 1; done
+	for name in copies digests eviction hash_lookup hook_time; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+# servers of their own, as `make test-remote` installs them
+bench-remote: $(REMOTE_STAMP)
+	tests/remote/install.sh
+	for name in redis_store mooncake_store s3_store dead_store; do $(REMOTE_ENV) PYTHONPATH=. $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 bench-vllm: $(VLLM_STAMP)
 	$(VLLM)/bin/python benchmarks/vllm_ttft.py
