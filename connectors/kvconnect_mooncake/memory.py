@@ -8,8 +8,6 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from kvconnect.errors import ConfigError
 from kvconnect.options import ByteSize
 from kvconnect_mooncake.client import MooncakeClient
@@ -19,6 +17,8 @@ __all__ = ["RegisteredMemory", "address_of"]
 
 def address_of(memory: memoryview) -> int:
     """Return where the bytes of a view that is not empty begin."""
+    import numpy as np  # late: listing connectors needs it not
+
     address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]
     return address
 
