@@ -1,7 +1,7 @@
 """What is under test: finds the class that a name, URL, ``module:Class`` or type means, and opens it.
 
-A target never counts on an empty medium: kits use tokens and keys of their own. One that needs a ``path`` and has none
-given gets a fresh folder for each test; ``{tmp}`` in options stands for that folder.
+A target never counts on an empty medium: kits use tokens and keys of their own. One that has a ``path`` option, no ``host``
+and none given gets a fresh folder for each test; ``{tmp}`` in options stands for that folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 from kvconnect.driver import LeaderDriver, WorkerDriver, open_connector
 from kvconnect.engine.core import ENGINE_CAPABILITIES
 from kvconnect.errors import ConfigError, PluginError
-from kvconnect.options import ConnectorSpec, parse_specs
+from kvconnect.options import ConnectorSpec, option_names, parse_specs
 from kvconnect.protocol import Capabilities, Connector, EngineCapabilities, KVCacheLayout, Namespace
 from kvconnect.registry import OFFLOAD_CONNECTOR, load_registry
 from kvconnect.store import BlockStore, StoreCapabilities, Tier
@@ -195,8 +195,8 @@ class Target:
             name: value.replace("{tmp}", str(self.folder)) if isinstance(value, str) else value
             for name, value in spec.options.items()
         }
-        needed = {field.encode_name for field in msgspec.structs.fields(kind.Options) if field.required}
-        if "path" in needed and "path" not in filled:
+        names = option_names(kind.Options)
+        if "path" in names and "host" not in names and "path" not in filled:  # behind a host it is no folder
             filled["path"] = str(self.folder / "kv")
         return ConnectorSpec(spec.name, filled)
 
