@@ -1,7 +1,7 @@
 """What is under test: finds the class that a name, URL, ``module:Class`` or type means, and opens it.
 
-A target never counts on an empty medium: kits use tokens and keys of their own. One that has a ``path`` option, no ``host``
-and none given gets a fresh folder for each test; ``{tmp}`` in options stands for that folder.
+A target never counts on an empty medium: kits use tokens and keys of their own. One that has a ``path`` option,
+no ``host``, and none given gets a fresh folder for each test; ``{tmp}`` in options stands for that folder.
 """
 
 from __future__ import annotations
