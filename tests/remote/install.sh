@@ -11,7 +11,12 @@ ldconfig -p | grep -q libibverbs.so.1 || missing+=(libibverbs1) # Mooncake's lib
 if ((${#missing[@]})); then
   command -v apt-get >/dev/null || { echo "install by hand: ${missing[*]}" >&2; exit 1; }
   as_root=(); ((EUID == 0)) || as_root=(sudo)
-  # no server of the system's own is to be started by the installation
+  policy=/usr/sbin/policy-rc.d # while it says 101, installing a server does not start one of the system's own
+  if [[ ! -e $policy ]]; then
+    printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee "$policy" >/dev/null
+    "${as_root[@]}" chmod +x "$policy"
+    trap '"${as_root[@]}" rm -f "$policy"' EXIT
+  fi
   "${as_root[@]}" apt-get update -qq
   "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
