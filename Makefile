@@ -44,8 +44,8 @@ test-examples: $(STAMP)
 # hour
 test-remote: $(REMOTE_STAMP)
 	tests/remote/install.sh
-	$(REMOTE_ENV) $(BIN)/pytest -n 2 --dist loadfile -q tests/remote --ignore tests/remote/faults
-	$(REMOTE_ENV) $(BIN)/pytest -q tests/remote/faults  # alone: what is answered late is a failure there
+	$(REMOTE_ENV) $(BIN)/pytest -n 2 --dist loadfile -q --kv-no-env-skips tests/remote --ignore tests/remote/faults
+	$(REMOTE_ENV) $(BIN)/pytest -q --kv-no-env-skips tests/remote/faults  # alone: what is answered late is a failure there
 
 # a real vLLM without a GPU, in an environment of its own: about three minutes to install, a quarter of an hour to run
 test-vllm: $(VLLM_STAMP)
