@@ -113,6 +113,8 @@ class Demotions:
         """
         now = self._clock()
         for entry in entries:
+            if self._index.is_quarantined(entry.slot):
+                continue  # how its last move ended would be taken for how this one did
             private = is_private(entry.block_hash)
             for tier, down in self._tiers.items():
                 if (above is not None and tier >= above) or entry.slot in down.queued or entry.slot in down.in_flight:
@@ -122,7 +124,7 @@ class Demotions:
                 if private:
                     if tier in self._holding:
                         self._wait(down, entry, now)
-                elif self._takes(down, entry):
+                elif not entry.refused >> tier & 1 and self._takes(down, entry):
                     if self._is_away(tier):
                         self.counts["demotes_dropped"] += 1
                     else:
@@ -165,6 +167,7 @@ class Demotions:
         assert entry is not None, "a slot was given away while it was being written to a store"
         if failed:
             self.counts["demote_failures"] += 1
+            entry.refused |= 1 << tier  # once is enough: it is saved anew when it is computed anew
             self._listener.not_demoted(tier, entry, partly=len(failed) < self._num_ranks)
         else:
             self.counts["demoted_blocks"] += 1

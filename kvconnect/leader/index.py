@@ -48,6 +48,7 @@ class Entry:
         source: Tier that it is promoted from, -1 for none.
         content: Its parent's hash and its tokens, for events; None if nobody listens.
         key: Its group and its content name.
+        refused: Tiers that did not take it, as bits.
         decoded: Whether some of its tokens were generated, as far as is known.
         priority: With which it is kept; lower ones are evicted first.
         duration_s: Seconds for which it has that, None for ever.
@@ -64,6 +65,7 @@ class Entry:
         "group",
         "key",
         "priority",
+        "refused",
         "slot",
         "source",
         "state",
@@ -87,6 +89,7 @@ class Entry:
         self.source = -1
         self.content: tuple[BlockHash | None, tuple[int, ...]] | None = None
         self.decoded = False
+        self.refused = 0
         self.priority = priority
         self.duration_s = duration_s
         self.until = math.inf
@@ -342,6 +345,10 @@ class BlockIndex:
         """Release blocks of one sequence, given in order: its end is evicted before its beginning."""
         for entry in reversed(list(entries)):
             self.release(entry)
+
+    def is_quarantined(self, slot: int) -> bool:
+        """Say whether a store call that was given the slot may still run."""
+        return slot in self._quarantined
 
     def quarantine(self, slot: int) -> None:
         """Keep `slot` from reuse: a store call on one rank hangs on it."""
