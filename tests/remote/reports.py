@@ -10,8 +10,9 @@ import tempfile
 from pathlib import Path
 
 from tests.remote.conformance import run_kits
+from tests.remote.faults.redis_server import RedisServer
 from tests.remote.mooncake.pool import Pool
-from tests.remote.processes import Server, free_ports, listens
+from tests.remote.processes import Server, free_ports
 from tests.remote.s3.gateways import ACCESS_KEY, SECRET_KEY, Place
 
 __all__ = ["main"]
@@ -23,13 +24,12 @@ def main() -> int:
     """Write all three; return 0."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        port, gateway = free_ports(2)
-        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", name]
-        with Server(command, folder / "redis.log", lambda: listens(port)):
-            print("redis", run_kits("redis", {"host": "127.0.0.1", "port": port}, REPORTS / "redis.json"))
+        with RedisServer(folder) as server:
+            print("redis", run_kits("redis", {"host": "127.0.0.1", "port": server.port}, REPORTS / "redis.json"))
         with Pool(folder) as pool:
             options = {"host": "127.0.0.1", "port": pool.port}
             print("mooncake", run_kits("mooncake", options, REPORTS / "mooncake.json"))
+        (gateway,) = free_ports(1)
         command = ["bash", str(Path(__file__).with_name("ceph.sh")), str(folder / "ceph"), str(gateway)]
         with Server(command, folder / "ceph.log", (folder / "ceph" / "ready").exists, start_s=120.0):
             place = Place(f"http://127.0.0.1:{gateway}")

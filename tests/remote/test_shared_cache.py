@@ -8,19 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.remote.processes import Server, free_ports, listens, needs_program
+from tests.remote.faults.redis_server import RedisServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shared_cache"
 
 
 def test_second_engine_answers_from_what_the_first_computed(tmp_path: Path) -> None:
-    needs_program("redis-server")
-    (port,) = free_ports(1)
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with Server(command, tmp_path / "log", lambda: listens(port)):
+    with RedisServer(tmp_path) as server:
         done = subprocess.run(
             [sys.executable, str(EXAMPLE / "shared_cache.py"), "--json"],
-            env={**os.environ, "SHARED_CACHE_STORE": f"redis://127.0.0.1:{port}"},
+            env={**os.environ, "SHARED_CACHE_STORE": f"redis://127.0.0.1:{server.port}"},
             capture_output=True,
             text=True,
             check=False,

@@ -13,7 +13,7 @@ import pytest
 from kvconnect import LLM, SamplingParams
 from kvconnect.engine import RequestOutput
 from tests.conftest import Reference
-from tests.remote.processes import Server, free_ports, listens, needs_program
+from tests.remote.faults.redis_server import RedisServer
 
 PROMPT = [random.Random(5).randrange(300) for _ in range(165)]  # ten blocks of 16, and some
 BLOCKS = 10
@@ -23,11 +23,8 @@ SECRET = "a secret that both engines have"
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[str]:
     """A server's URL."""
-    needs_program("redis-server")
-    (port,) = free_ports(1)
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
-    with Server(command, tmp_path / "redis.log", lambda: listens(port)):
-        yield f"redis://127.0.0.1:{port}"
+    with RedisServer(tmp_path) as server:
+        yield f"redis://127.0.0.1:{server.port}"
 
 
 def client(url: str) -> Any:
