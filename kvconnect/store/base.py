@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -96,6 +96,9 @@ class BlockStore(ABC):
 
         True means that other instances read it whole; a crash before that leaves nothing. Writing a present key
         replaces it or does nothing.
+
+        `frames` may make each frame when it is taken from there, at any time during the call and in any order; taken
+        just before its bytes move, they are in the CPU's caches.
         """
 
     @abstractmethod
@@ -105,6 +108,26 @@ class BlockStore(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of the medium; twice is fine."""
+
+    def read_each(
+        self,
+        keys: Sequence[BlockKey],
+        buffers: Sequence[memoryview],
+        arrived: Callable[[int, int | None], None],
+    ) -> None:
+        """Read as `read` does, and tell of each frame when it is there; the default calls `read`.
+
+        Worth its own way where frames come one by one: who is told at once finds them in the CPU's caches, and the next
+        come meanwhile.
+
+        Args:
+            keys: What to read.
+            buffers: Where to.
+            arrived: Called in this thread with each index of `keys` once, in any order, and what `read` would return
+                for it. The buffer is the caller's again by then. What it raises ends the call.
+        """
+        for index, length in enumerate(self.read(keys, buffers)):
+            arrived(index, length)
 
     def attach(self, memory: memoryview) -> None:  # noqa: B027 - optional: most media gain nothing
         """Learn of the memory in which buffers and frames will lie, to prepare it where the medium gains by that.

@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from kvconnect.errors import FrameCorrupt
 from kvconnect.log import FailureLog
@@ -195,14 +195,13 @@ class StoreTransfers:
 
     def _write(self, batch: Sequence[SlotFrame], packs: bool, store: BlockStore) -> list[bool]:
         """Return, for each frame, whether the store took it. Runs on a store thread."""
-        frames = []
-        for frame in batch:
-            sealed = self._seal(frame)
-            frames.append(compress_frame(sealed, _ZSTD_LEVEL, self._tagger) if packs else sealed)
-        taken = list(store.write([frame.key for frame in batch], frames))
+        taken = list(store.write([frame.key for frame in batch], _Sealed(batch, self._pack if packs else self._seal)))
         if len(taken) != len(batch):
             raise ValueError(f"write answered {len(taken)} of {len(batch)} keys")
         return [result is True for result in taken]
+
+    def _pack(self, frame: SlotFrame) -> memoryview:
+        return compress_frame(self._seal(frame), _ZSTD_LEVEL, self._tagger)
 
     def _seal(self, frame: SlotFrame) -> memoryview:
         """Seal a slot once: another tier's thread may be reading the header that a second time would rewrite."""
@@ -221,18 +220,21 @@ class StoreTransfers:
 
     def _read(self, batch: Sequence[SlotFrame], store: BlockStore) -> list[str | FrameCorrupt | None]:
         """Return, for each frame, the payload's order, or why it is a miss. Runs on a store thread."""
-        lengths = list(store.read([frame.key for frame in batch], [frame.memory for frame in batch]))
-        if len(lengths) != len(batch):
-            raise ValueError(f"read answered {len(lengths)} of {len(batch)} keys")
-        results: list[str | FrameCorrupt | None] = []
-        for frame, length in zip(batch, lengths, strict=True):
-            if length is None:
-                results.append(None)
-                continue
-            try:
-                results.append(self._verify(frame, length))
-            except FrameCorrupt as error:
-                results.append(error)
+        results: list[str | FrameCorrupt | None] = [None] * len(batch)
+        told = set()
+
+        def verify(index: int, length: object) -> None:
+            told.add(index)
+            frame = batch[index]
+            if length is not None:
+                try:
+                    results[index] = self._verify(frame, length)
+                except FrameCorrupt as error:
+                    results[index] = error
+
+        store.read_each([frame.key for frame in batch], [frame.memory for frame in batch], verify)
+        if len(told) != len(batch):
+            raise ValueError(f"read answered {len(told)} of {len(batch)} keys")
         return results
 
     def _verify(self, frame: SlotFrame, length: object) -> str:
@@ -252,6 +254,32 @@ class StoreTransfers:
         if not self._can_read(header.order, frame):
             raise FrameCorrupt(f"payload packed as {header.order!r} cannot be read as {frame.order!r}")
         return header.order
+
+
+class _Sealed(Sequence[memoryview]):
+    """Frames that are made when a store takes them: their bytes are then still in the CPU's caches when they move."""
+
+    def __init__(self, batch: Sequence[SlotFrame], make: Callable[[SlotFrame], memoryview]) -> None:
+        self._batch = batch
+        self._make = make
+        self._made: dict[int, memoryview] = {}
+
+    def __len__(self) -> int:
+        return len(self._batch)
+
+    @overload
+    def __getitem__(self, index: int) -> memoryview: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[memoryview]: ...
+
+    def __getitem__(self, index: int | slice) -> memoryview | Sequence[memoryview]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(len(self))[index]]
+        number = range(len(self))[index]
+        if number not in self._made:
+            self._made[number] = self._make(self._batch[number])
+        return self._made[number]
 
 
 def _batches(tier: Tier, frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
