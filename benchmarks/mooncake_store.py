@@ -1,10 +1,10 @@
-"""The Mooncake store with the framework's checksums, as a ratio to Mooncake's own client, over a real pool.
+"""The Mooncake store as a ratio to Mooncake's own client, over a real pool, each with and without checksums.
 
     PYTHONPATH=. python benchmarks/mooncake_store.py
 
 Both move the same batches on as many threads, between one process's registered memory and another's that gives 2 GiB to
-the pool, over TCP on loopback; every put has fresh keys. The store also seals each frame before, and verifies it after.
-Interleaved; medians.
+the pool, over TCP on loopback; every put has fresh keys. "+sums" seals each frame before, and verifies it after, as the
+worker does. Interleaved; medians, of ratios within a round.
 """
 
 import os
@@ -26,8 +26,9 @@ from tests.remote.mooncake.pool import Client, Pool
 
 BLOCK_BYTES = (256 << 10, 2 << 20)
 MOVED = 64 << 20
-ROUNDS = 9
+ROUNDS = 15
 FINGERPRINT = b"f" * 32
+Work = Callable[[Sequence[int]], None]
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
         memory = np.random.default_rng(0).integers(0, 255, MOVED + (16 << 20), np.uint8)
         store.attach(memory.data)
         peer.raw.register_buffer(memory.ctypes.data, memory.nbytes)
-        print("block     threads batch       put: store, peer, ratio        get: store, peer, ratio")
+        print("block     threads batch             alone  sums both  sums ours")
         for block in BLOCK_BYTES:
             for threads in (1, 2, 4):
                 compare(store, peer.raw, memory, block, threads)
@@ -55,14 +56,19 @@ def compare(store: MooncakeStore, peer: Any, memory: Any, block: int, threads: i
     batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
     keys: list[BlockKey] = []
 
+    def seal(part: Sequence[int]) -> None:
+        for i in part:
+            seal_frame(slots[i], block, key=keys[i], fingerprint=FINGERPRINT, order="dense")
+
+    def verify(part: Sequence[int]) -> None:
+        for i in part:
+            open_frame(slots[i][:frame], key=keys[i], fingerprint=FINGERPRINT, payload_bytes=block)
+
     def our_put(part: Sequence[int]) -> None:
-        frames = [seal_frame(slots[i], block, key=keys[i], fingerprint=FINGERPRINT, order="dense") for i in part]
-        assert all(store.write([keys[i] for i in part], frames))
+        assert all(store.write([keys[i] for i in part], [slots[i][:frame] for i in part]))
 
     def our_get(part: Sequence[int]) -> None:
-        lengths = store.read([keys[i] for i in part], [slots[i] for i in part])
-        for i, length in zip(part, lengths, strict=True):
-            open_frame(slots[i][:length], key=keys[i], fingerprint=FINGERPRINT, payload_bytes=block)
+        assert list(store.read([keys[i] for i in part], [slots[i] for i in part])) == [frame] * len(part)
 
     def names(part: Sequence[int]) -> list[str]:
         return [f"peer:{keys[i].hex()}" for i in part]
@@ -76,36 +82,49 @@ def compare(store: MooncakeStore, peer: Any, memory: Any, block: int, threads: i
     def peer_get(part: Sequence[int]) -> None:
         assert peer.batch_get_into(names(part), addresses(part), [slot] * len(part)) == [frame] * len(part)
 
-    works: dict[str, Callable[[Sequence[int]], None]] = {
-        "our put": our_put,
-        "peer put": peer_put,
-        "our get": our_get,
-        "peer get": peer_get,
+    def with_sums(put: Work, get: Work) -> tuple[Work, Work]:
+        def sealed_put(part: Sequence[int]) -> None:
+            seal(part)
+            put(part)
+
+        def verified_get(part: Sequence[int]) -> None:
+            get(part)
+            verify(part)
+
+        return sealed_put, verified_get
+
+    clients = {
+        "store": (our_put, our_get),
+        "peer": (peer_put, peer_get),
+        "store+sums": with_sums(our_put, our_get),
+        "peer+sums": with_sums(peer_put, peer_get),
     }
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[tuple[str, str], list[float]] = {(name, way): [] for name in clients for way in ("put", "get")}
     with ThreadPoolExecutor(threads) as pool:
         for number in range(ROUNDS + 1):
-            keys[:] = [BlockKey(os.urandom(KEY_BYTES)) for _ in range(count)]
-            order = list(works) if number % 2 else ["peer put", "our put", "peer get", "our get"]
-            for name in order:
-                started = time.perf_counter()
-                list(pool.map(works[name], batches))
-                if number:  # the first touches the memory
-                    times[name].append(time.perf_counter() - started)
+            order = list(clients.items())
+            for name, works in order[number % 4 :] + order[: number % 4]:
+                keys[:] = [BlockKey(os.urandom(KEY_BYTES)) for _ in range(count)]
+                for way, work in zip(("put", "get"), works, strict=True):
+                    started = time.perf_counter()
+                    list(pool.map(work, batches))
+                    if number:  # the first touches the memory
+                        times[name, way].append(time.perf_counter() - started)
             peer.remove_all(True)
-    rate = {name: count * frame / statistics.median(taken) / 1e9 for name, taken in times.items()}
-    ratios = {
-        way: statistics.median(
-            theirs / ours for ours, theirs in zip(times[f"our {way}"], times[f"peer {way}"], strict=True)
+
+    def ratio(mine: str, other: str, way: str) -> float:
+        pairs = zip(times[mine, way], times[other, way], strict=True)
+        return statistics.median(theirs / ours for ours, theirs in pairs)
+
+    for way in ("put", "get"):
+        rates = "  ".join(f"{name} {count * frame / statistics.median(times[name, way]) / 1e9:.2f}" for name in clients)
+        ratios = [ratio("store", "peer", way), ratio("store+sums", "peer+sums", way), ratio("store+sums", "peer", way)]
+        print(
+            f"{block >> 10:5} KiB {threads:7} {batch:5} {way}   "
+            + "".join(f"{value:11.2f}" for value in ratios)
+            + f"   GB/s: {rates}",
+            flush=True,
         )
-        for way in ("put", "get")
-    }
-    print(
-        f"{block >> 10:5} KiB {threads:7} {batch:5}  "
-        f"{rate['our put']:9.2f} {rate['peer put']:6.2f} GB/s {ratios['put']:5.2f}  "
-        f"{rate['our get']:9.2f} {rate['peer get']:6.2f} GB/s {ratios['get']:5.2f}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -65,10 +65,13 @@ class Blocks:
         assert all(store.write(self.keys, self.frames))
 
     def read(self, store: S3Store) -> None:
-        """Read them in one call, and open them."""
-        lengths = store.read(self.keys, self.buffers)
-        for key, buffer, length in zip(self.keys, self.buffers, lengths, strict=True):
-            open_frame(buffer[:length], key=key, fingerprint=FINGERPRINT, payload_bytes=self.payload_bytes)
+        """Read them in one call, and open each when it has come."""
+
+        def verify(index: int, length: int | None) -> None:
+            frame = self.buffers[index][:length]
+            open_frame(frame, key=self.keys[index], fingerprint=FINGERPRINT, payload_bytes=self.payload_bytes)
+
+        store.read_each(self.keys, self.buffers, verify)
 
 
 def measure(store: S3Store, client: Client, size: int, threads: int, pool: ThreadPoolExecutor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ __all__ = ["RegisteredMemory", "address_of"]
 
 def address_of(memory: memoryview) -> int:
     """Return where the bytes of a view that is not empty begin."""
+    if not memory.readonly:  # 0.4 us instead of 2.5
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if not memory.readonly:  # 0.4 us instead of 2.5
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
     import numpy as np  # late: listing connectors needs it not
 
     address: int = np.frombuffer(memory, np.uint8).__array_interface__["data"][0]

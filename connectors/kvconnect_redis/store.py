@@ -291,7 +291,7 @@ class _Command(ABC):
         """Read what is answered for one key."""
         return wire.reply()
 
-    def take(self, number: int, answer: Any) -> None:
+    def take(self, number: int, answer: Any) -> None:  # noqa: B027 - most answers need no look
         """Look at an answer while the next is on its way."""
 
     def conversation(self, numbers: Sequence[int], *, asking: bool) -> Any:

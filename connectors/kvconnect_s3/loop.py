@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import CancelledError
+from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
 from kvconnect.errors import Closed, StoreUnavailable
@@ -13,6 +14,7 @@ from kvconnect.errors import Closed, StoreUnavailable
 __all__ = ["LoopThread", "all_of"]
 
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 class LoopThread:
@@ -35,11 +37,39 @@ class LoopThread:
             StoreUnavailable: If it was not done after `timeout_s` seconds.
             Closed: If the loop is closed, or is while it runs.
         """
+        return self.call_each(lambda _: work, timeout_s, lambda _: None)
+
+    def call_each(
+        self,
+        make_work: Callable[[Callable[[V], None]], Coroutine[Any, Any, T]],
+        timeout_s: float,
+        take: Callable[[V], None],
+    ) -> T:
+        """Run some work to its end and return its result, and do a part of it in this thread meanwhile.
+
+        Args:
+            make_work: Makes the work from what it hands parts over with, in their order.
+            timeout_s: For the work, not for `take`.
+            take: Called in this thread with each part. When it raises, the work is cancelled, and may not have ended.
+
+        Raises:
+            StoreUnavailable: If the work was not done after `timeout_s` seconds.
+            Closed: If the loop is closed, or is while it runs.
+        """
+        parts: SimpleQueue[tuple[V] | None] = SimpleQueue()
+        work = make_work(lambda part: parts.put((part,)))
         with self._lock:
             if self._closed:
                 work.close()
                 raise Closed(f"{self._name} is closed")
             future = asyncio.run_coroutine_threadsafe(_within(work, timeout_s), self._loop)
+        future.add_done_callback(lambda _: parts.put(None))
+        try:
+            while (part := parts.get()) is not None:
+                take(*part)
+        except BaseException:
+            future.cancel()
+            raise
         try:
             return future.result()
         except TimeoutError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections import defaultdict
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from kvconnect.log import FailureLog
@@ -42,6 +42,14 @@ class _Wanted(NamedTuple):
     place: Place
     key: BlockKey
     number: int
+
+
+class _Range(NamedTuple):
+    """What has come, and the frames in it."""
+
+    wanted: Sequence[_Wanted]
+    start: int
+    data: memoryview
 
 
 class S3Store(BlockStore):
@@ -83,7 +91,32 @@ class S3Store(BlockStore):
 
     def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
         """Get ranges of packs, those that lie together at once; what has expired is forgotten, and others are told."""
-        return self._call(self._read(keys, buffers)) if keys else []
+        lengths: list[int | None] = [None] * len(keys)
+        self.read_each(keys, buffers, lengths.__setitem__)
+        return lengths
+
+    def read_each(
+        self,
+        keys: Sequence[BlockKey],
+        buffers: Sequence[memoryview],
+        arrived: Callable[[int, int | None], None],
+    ) -> None:
+        """Read as `read` does: copy each range to where it is wanted while others are on their way."""
+        if not keys:
+            return
+        rooms = [len(buffer) for buffer in buffers]
+        missed = set(range(len(keys)))
+
+        def take(part: _Range) -> None:
+            for place, _, number in part.wanted:
+                first = place.offset - part.start
+                buffers[number][: place.length] = part.data[first : first + place.length]
+                missed.discard(number)
+                arrived(number, place.length)
+
+        self._loop.call_each(lambda hand_over: self._read(keys, rooms, hand_over), self._timeout_s, take)
+        for number in sorted(missed):
+            arrived(number, None)
 
     def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
         """Put the frames as one object, then say so in the log; False for a frame of more than 1 GiB."""
@@ -113,45 +146,40 @@ class S3Store(BlockStore):
         await self._journal.refresh()
         return [self._catalog.get(key) is not None for key in keys]
 
-    async def _read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[int | None]:
+    async def _read(self, keys: Sequence[BlockKey], rooms: Sequence[int], hand_over: Callable[[_Range], None]) -> None:
         if any(self._catalog.get(key) is None for key in keys):
             await self._journal.refresh()
         else:  # what was removed or replaced meanwhile: known for the next call
             self._journal.refresh_beside(_LOOK_S)
-        lengths: list[int | None] = [None] * len(keys)
         lost: list[tuple[BlockKey, Place]] = []
         packs: dict[bytes, list[_Wanted]] = defaultdict(list)
-        for number, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+        for number, (key, room) in enumerate(zip(keys, rooms, strict=True)):
             place = self._catalog.get(key)
-            if place is not None and place.length <= len(buffer):
+            if place is not None and place.length <= room:
                 packs[place.pack].append(_Wanted(place, key, number))
         requests = [together for wanted in packs.values() for together in _ranges(wanted)]
-        await all_of(self._read_range(together, buffers, lengths, lost) for together in requests)
+        await all_of(self._read_range(together, hand_over, lost) for together in requests)
         if lost:
             self._journal.tell_lost(lost)
-        return lengths
 
     async def _read_range(
-        self,
-        wanted: Sequence[_Wanted],
-        buffers: Sequence[memoryview],
-        lengths: list[int | None],
-        lost: list[tuple[BlockKey, Place]],
+        self, wanted: Sequence[_Wanted], hand_over: Callable[[_Range], None], lost: list[tuple[BlockKey, Place]]
     ) -> None:
-        """Get one range, and copy its frames out of it; add to `lost` what is not there."""
+        """Get one range, and hand its frames over; add to `lost` what is not there."""
         start = wanted[0].place.offset
         end = max(each.place.offset + each.place.length for each in wanted)
         data: memoryview | None = memoryview(b"")
         if end > start:
             data = await self._bucket.get_range(_path(wanted[0].place.pack), start, end)
-        for place, key, number in wanted:
-            first = place.offset - start
-            if data is None or first + place.length > len(data):
-                self._catalog.forget(key, place)
-                lost.append((key, place))
-                continue
-            buffers[number][: place.length] = data[first : first + place.length]
-            lengths[number] = place.length
+        there = []
+        for each in wanted:
+            if data is None or each.place.offset - start + each.place.length > len(data):
+                self._catalog.forget(each.key, each.place)
+                lost.append((each.key, each.place))
+            else:
+                there.append(each)
+        if data is not None:
+            hand_over(_Range(there, start, data))
 
     async def _write(self, packs: Sequence[tuple[Packed, bytes | memoryview]]) -> None:
         await all_of(self._bucket.put(_path(packed.name), data) for packed, data in packs)
