@@ -84,7 +84,7 @@ class RedisStore(BlockStore):
     def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
         """Receive each value in its buffer; those of a node that is away are misses."""
         lengths: list[int | None] = [None] * len(keys)
-        self.read_each(keys, buffers, lengths.__setitem__)
+        RedisStore.read_each(self, keys, buffers, lengths.__setitem__)  # a subclass' may call this
         return lengths
 
     def read_each(

@@ -92,7 +92,7 @@ class S3Store(BlockStore):
     def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
         """Get ranges of packs, those that lie together at once; what has expired is forgotten, and others are told."""
         lengths: list[int | None] = [None] * len(keys)
-        self.read_each(keys, buffers, lengths.__setitem__)
+        S3Store.read_each(self, keys, buffers, lengths.__setitem__)  # a subclass' may call this
         return lengths
 
     def read_each(

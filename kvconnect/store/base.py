@@ -70,6 +70,12 @@ class BlockStore(ABC):
     Options: ClassVar[type[msgspec.Struct]]
     capabilities: ClassVar[StoreCapabilities]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Give a class that changes `read` the `read_each` that calls it, unless it changes that too."""
+        super().__init_subclass__(**kwargs)
+        if "read" in vars(cls) and "read_each" not in vars(cls):
+            cls.read_each = BlockStore.read_each  # type: ignore[method-assign] # else what it inherits would pass it by
+
     @abstractmethod
     def __init__(self, options: Any, context: StoreContext) -> None:
         """Open the store.
@@ -116,6 +122,8 @@ class BlockStore(ABC):
         arrived: Callable[[int, int | None], None],
     ) -> None:
         """Read as `read` does, and tell of each frame when it is there; the default calls `read`.
+
+        A class that defines `read` and not this gets the default, whatever it derives from.
 
         Worth its own way where frames come one by one: who is told at once finds them in the CPU's caches, and the next
         come meanwhile.

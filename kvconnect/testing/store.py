@@ -114,6 +114,113 @@ class StoreTests(Kit):
                     got="another key's, or none",
                 )
 
+    def test_each_frame_is_told_of_when_it_is_there(self, store: BlockStore, rng: random.Random) -> None:
+        """`read_each` tells of every key once, on the caller's thread, and by then the buffer is what it will be."""
+        keys = make_keys(rng, 8)
+        frames = [rng.randbytes(rng.choice((1, 100, 5000, 300_000))) for _ in keys]
+        write_all(store, keys[::2], frames[::2])
+        asked = [7, 0, 3, 4, 2, 1, 6, 5, 0, 0, 7]
+        buffers = [bytearray(b"\xa5" * 300_000) for _ in asked]
+        told: list[tuple[int, int | None, bytes, int]] = []
+
+        def arrived(index: int, length: int | None) -> None:
+            told.append((index, length, bytes(buffers[index][: length or 0]), threading.get_ident()))
+
+        store.read_each([keys[i] for i in asked], [memoryview(buffer) for buffer in buffers], arrived)
+        must(
+            sorted(index for index, *_ in told) == list(range(len(asked))),
+            expected=f"read_each to tell of each index from 0 to {len(asked) - 1} once, misses too",
+            got=sorted(index for index, *_ in told),
+        )
+        for index, length, then, thread in told:
+            number = asked[index]
+            frame = None if number % 2 else frames[number]
+            must_equal(f"what read_each tells of index {index}", length, None if frame is None else len(frame))
+            must(thread == threading.get_ident(), expected="to be told on the caller's thread", got="another thread")
+            if frame is not None:
+                must(
+                    then == frame,
+                    expected="the buffer to hold its frame when read_each tells of it",
+                    got=_difference(then, frame),
+                )
+                must(
+                    buffers[index][: len(frame)] == frame,
+                    expected="the buffer to be left alone once read_each has told of it",
+                    got="bytes written later",
+                )
+        store.read_each([], [], arrived)
+        must_equal("what read_each tells of no keys", len(told), len(asked))
+
+    def test_what_the_told_raises_ends_the_call(self, store: BlockStore, rng: random.Random) -> None:
+        """What `arrived` raises comes out of `read_each`, and the store is as good afterwards."""
+        keys = make_keys(rng, 4)
+        frames = [rng.randbytes(20_000) for _ in keys]
+        write_all(store, keys, frames)
+
+        class Told(Exception):
+            pass
+
+        def arrived(index: int, length: int | None) -> None:
+            raise Told
+
+        for _ in range(3):
+            try:
+                store.read_each(keys, [memoryview(bytearray(20_000)) for _ in keys], arrived)
+            except Told:
+                continue
+            must(False, expected="read_each to raise what arrived raised", got="no error")
+        for key, frame in zip(keys, frames, strict=True):
+            must(read_one(store, key, 20_000) == frame, expected="the frame afterwards", got="a miss, or other bytes")
+
+    def test_subclass_that_changes_read_is_not_passed_by(self, target: Target, rng: random.Random) -> None:
+        """A class derived from the store may define `read` on top of the store's: `read_each` then goes through it."""
+        if target.store is None:
+            not_shown(f"{target.name} has no store of its own")
+
+        def lose(kind: type[BlockStore]) -> type[BlockStore]:
+            def read(self: BlockStore, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> list[int | None]:
+                found = zip(keys, kind.read(self, keys, buffers), strict=True)
+                return [None if key == lost else length for key, length in found]
+
+            return type(kind.__name__, (kind,), {"read": read})
+
+        keys = make_keys(rng, 2)
+        lost = keys[0]
+        losing = target.with_store(lose).open_store()
+        try:
+            write_all(losing, keys, [b"lost", b"other"])
+            told: dict[int, int | None] = {}
+            try:
+                losing.read_each(keys, [memoryview(bytearray(5)) for _ in keys], told.__setitem__)
+            except RecursionError:
+                must(
+                    False,
+                    expected="read of the store not to call a read_each that a class derived from it has",
+                    got="an endless recursion",
+                    hint="call your own: YourStore.read_each(self, ...)",
+                )
+            must_equal("what read_each tells of a lost key and of another", told, {0: None, 1: 5})
+        finally:
+            losing.close()
+
+    def test_frames_may_be_made_when_they_are_taken(self, store: BlockStore, rng: random.Random) -> None:
+        """`write` takes any sequence: a frame may be made when it is asked for by its index, and is the same later."""
+        keys = make_keys(rng, 6)
+        frames = [rng.randbytes(rng.randrange(1, 50_000)) for _ in keys]
+
+        class Made(Sequence[memoryview]):
+            def __len__(self) -> int:
+                return len(frames)
+
+            def __getitem__(self, index: Any) -> Any:
+                if isinstance(index, slice):
+                    return [memoryview(frame) for frame in frames[index]]
+                return memoryview(frames[index])
+
+        must_equal("write of frames that are made when taken", list(store.write(keys, Made())), [True] * len(keys))
+        for key, frame in zip(keys, frames, strict=True):
+            must(read_one(store, key, len(frame)) == frame, expected="the frame that was made", got="other bytes")
+
     def test_empty_lists_are_fine(self, store: BlockStore) -> None:
         """No keys is an answer of no results, from every call."""
         calls: dict[str, Callable[[], Any]] = {

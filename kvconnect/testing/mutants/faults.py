@@ -88,8 +88,7 @@ class LeavesDamageInPlace(Right):
 
     def register_kv_caches(self: Any, layout: Any) -> None:
         OffloadWorker.register_kv_caches(self, layout)
-        read = self._transfers._read
-        self._transfers._read = lambda batch, removes, store: read(batch, False, store)
+        self._transfers.drop = lambda tier, keys: None
 
     worker = worker(register_kv_caches=register_kv_caches)
 

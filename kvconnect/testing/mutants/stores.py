@@ -124,6 +124,14 @@ class KeepingFolderStore(FolderStore):
         return self.name(key).exists() or super().write_one(key, frame)
 
 
+class TellingFolderStore(FolderStore):
+    """Tells of each frame as soon as it has read it."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            arrived(index, self.read_one(key, buffer))
+
+
 class CapacityOptions(Options, frozen=True):
     """Options of `CappedFolderStore`."""
 
@@ -199,6 +207,90 @@ class LeavesMissesOut(FolderStore):
 
     def contains(self, keys: Any) -> Any:
         return [True for key in keys if self.name(key).exists()]
+
+
+@mutant(StoreTests.test_each_frame_is_told_of_when_it_is_there, "to hold its frame when read_each tells")
+class TellsBeforeItReads(TellingFolderStore):
+    """Tells of a frame when it has found it, and reads it then."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            name = self.name(key)
+            arrived(index, name.stat().st_size if name.exists() else None)
+            self.read_one(key, buffer)
+
+
+@mutant(StoreTests.test_each_frame_is_told_of_when_it_is_there, "misses too")
+class TellsOfHitsAlone(TellingFolderStore):
+    """Does not tell of misses."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            length = self.read_one(key, buffer)
+            if length is not None:
+                arrived(index, length)
+
+
+@mutant(StoreTests.test_each_frame_is_told_of_when_it_is_there, "index from 0 to 10 once")
+class TellsOfAKeyAgain(TellingFolderStore):
+    """Tells again of a key that was asked for twice, by the index that it had first."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for key, buffer in zip(keys, buffers, strict=True):
+            arrived(list(keys).index(key), self.read_one(key, buffer))
+
+
+@mutant(StoreTests.test_each_frame_is_told_of_when_it_is_there, "on the caller's thread")
+class TellsFromAThread(TellingFolderStore):
+    """Tells from the thread that reads."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        if keys:
+            thread = threading.Thread(target=super().read_each, args=(keys, buffers, arrived))
+            thread.start()
+            thread.join()
+
+
+@mutant(StoreTests.test_each_frame_is_told_of_when_it_is_there, "bytes written later")
+class WritesToWhatItToldOf(TellingFolderStore):
+    """Clears the buffers of the keys before, once it has read the last."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        super().read_each(keys, buffers, arrived)
+        for buffer in buffers[:-1]:
+            buffer[:] = bytes(len(buffer))
+
+
+@mutant(StoreTests.test_what_the_told_raises_ends_the_call, "raise what arrived raised.*no error")
+class KeepsWhatTheToldRaises(TellingFolderStore):
+    """Takes for a miss what fails while it tells."""
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            with contextlib.suppress(Exception):
+                arrived(index, self.read_one(key, buffer))
+
+
+@mutant(StoreTests.test_subclass_that_changes_read_is_not_passed_by, "endless recursion")
+class ReadsThroughWhatItTells(TellingFolderStore):
+    """Calls in `read` whichever `read_each` there is."""
+
+    def read(self, keys: Any, buffers: Any) -> Any:
+        lengths: list[int | None] = [None] * len(keys)
+        self.read_each(keys, buffers, lengths.__setitem__)
+        return lengths
+
+    def read_each(self, keys: Any, buffers: Any, arrived: Any) -> None:
+        for index, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+            arrived(index, self.read_one(key, buffer))
+
+
+@mutant(StoreTests.test_frames_may_be_made_when_they_are_taken, "no attribute 'copy'")
+class WantsAList(FolderStore):
+    """Takes frames for a list."""
+
+    def write(self, keys: Any, frames: Any) -> Any:
+        return super().write(keys, frames.copy())
 
 
 @mutant(StoreTests.test_frame_longer_than_its_buffer_is_a_miss, "5000 bytes into 4999 to be None")

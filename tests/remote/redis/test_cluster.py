@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from kvconnect_redis.wire import Lost, Refusal, Wire
 from redis.crc import key_slot
 
 from kvconnect.errors import StoreUnavailable
@@ -163,6 +164,35 @@ def test_dead_node_takes_only_its_own_keys_with_it(cluster: RedisCluster, opened
 
     wait_until(back, BACK_S, "a cluster that takes everything")
     assert read(store, *NUMBERS) == [frame(n) for n in NUMBERS]
+
+
+def test_what_came_before_a_node_was_lost_has_come(
+    cluster: RedisCluster, opened: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(url(cluster))
+    write(store, *NUMBERS)
+    lost = [n for n in NUMBERS if home(cluster, n) is cluster.masters[1]]
+    came = 0
+
+    def reply_into(self: Wire, buffer: memoryview) -> int | Refusal | None:
+        nonlocal came
+        if f":{cluster.masters[1].port}" in self.where:
+            came += 1
+            if came > 5:  # a server cannot be made to die at a certain reply
+                raise Lost("away")
+        return received(self, buffer)
+
+    received = Wire.reply_into
+    monkeypatch.setattr(Wire, "reply_into", reply_into)
+    told: list[tuple[int, int | None]] = []
+    buffers = [bytearray(5000) for _ in NUMBERS]
+    store.read_each(
+        [key(n) for n in NUMBERS],
+        [memoryview(buffer) for buffer in buffers],
+        lambda index, length: told.append((index, length)),
+    )
+    assert sorted(told) == [(n, None if n in lost[5:] else 5000) for n in NUMBERS]
+    assert all(buffers[n] == frame(n) for n, length in told if length)
 
 
 def test_cluster_that_does_not_answer_at_all_is_an_outage(cluster: RedisCluster, opened: OpenStore) -> None:
