@@ -9,6 +9,7 @@ as many threads. Interleaved; medians of ratios.
 """
 
 import contextlib
+import mmap
 import os
 import socket
 import statistics
@@ -33,6 +34,15 @@ FINGERPRINT, ORDER = bytes(32), "layer,role,token,head,dim"
 LIMITS = {"bare": (0.80, 0.80), "bare+sums": (0.90, 0.90), "redis-py": (4.0, 2.0)}  # put, get
 
 
+def slots(count: int, size: int) -> list[memoryview]:
+    """Return memory as the worker's arena has it: one mapping in huge pages, each slot at the beginning of a page."""
+    step = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, count * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(memory)
+    return [view[number * step : number * step + size] for number in range(count)]
+
+
 class Blocks:
     """What one thread puts and gets: its keys, slots to send from and slots to receive in."""
 
@@ -41,9 +51,10 @@ class Blocks:
         self.size = size
         self.keys = [BlockKey(os.urandom(72)) for _ in range(count)]
         self.names = [b"kv:" + key.hex().encode() for key in self.keys]
+        self.sent, self.received = slots(count, HEADER_BYTES + size), slots(count, HEADER_BYTES + size)
         payload = os.urandom(size)
-        self.sent = [memoryview(bytearray(HEADER_BYTES) + payload) for _ in range(count)]
-        self.received = [memoryview(bytearray(HEADER_BYTES + size)) for _ in range(count)]
+        for slot in self.sent:
+            slot[HEADER_BYTES:] = payload
 
     def batches(self) -> list[range]:
         """Return the numbers of the blocks of each call, as many as the worker would give to one."""
