@@ -9,7 +9,6 @@ as many threads. Interleaved; medians of ratios.
 """
 
 import contextlib
-import mmap
 import os
 import socket
 import statistics
@@ -28,6 +27,7 @@ from kvconnect_redis import RedisOptions, RedisStore
 from kvconnect.protocol import BlockKey
 from kvconnect.store import StoreContext
 from kvconnect.store.frame import HEADER_BYTES, open_frame, seal_frame
+from kvconnect.worker.arena import PAGE_BYTES, Arena
 
 TOTAL, BATCH, ROUNDS = 64 << 20, 8 << 20, 9
 FINGERPRINT, ORDER = bytes(32), "layer,role,token,head,dim"
@@ -35,12 +35,10 @@ LIMITS = {"bare": (0.80, 0.80), "bare+sums": (0.90, 0.90), "redis-py": (4.0, 2.0
 
 
 def slots(count: int, size: int) -> list[memoryview]:
-    """Return memory as the worker's arena has it: one mapping in huge pages, each slot at the beginning of a page."""
-    step = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, count * step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)
-    return [view[number * step : number * step + size] for number in range(count)]
+    """Return memory for frames of `size` bytes of payload: slots of a worker's arena."""
+    room = HEADER_BYTES + size
+    arena = Arena(count * (room + PAGE_BYTES), size, pinned=False)
+    return [arena.slot(number)[:room] for number in range(count)]
 
 
 class Blocks:
@@ -51,7 +49,7 @@ class Blocks:
         self.size = size
         self.keys = [BlockKey(os.urandom(72)) for _ in range(count)]
         self.names = [b"kv:" + key.hex().encode() for key in self.keys]
-        self.sent, self.received = slots(count, HEADER_BYTES + size), slots(count, HEADER_BYTES + size)
+        self.sent, self.received = slots(count, size), slots(count, size)
         payload = os.urandom(size)
         for slot in self.sent:
             slot[HEADER_BYTES:] = payload
