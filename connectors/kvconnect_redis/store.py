@@ -7,6 +7,7 @@ not have, and what it cannot be asked for, is a miss.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -357,6 +358,7 @@ class _Get(_Command):
     name = "GET"
     flying_bytes = _GET_FLYING_BYTES
     least = _GET_FLYING_LEAST
+    group_bytes = sys.maxsize  # requests are short: those for what may be under way are sent together
 
     def __init__(
         self, names: list[bytes], buffers: Sequence[memoryview], arrived: Callable[[int, int | None], None]

@@ -132,7 +132,8 @@ class Proxy:
             writers.append(back)
             for each in writers:
                 each.transport.set_write_buffer_limits(high=_CHUNK)
-            await self._forward(reader, writer, there, back)
+            with contextlib.suppress(asyncio.CancelledError):  # by `close`; asyncio would log it as an error
+                await self._forward(reader, writer, there, back)
         finally:
             for each in writers:
                 each.transport.abort()
