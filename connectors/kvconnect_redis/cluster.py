@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvconnect.errors import ConfigError, StoreUnavailable
@@ -73,14 +74,17 @@ class Topology:
         with self._lock:
             return list(dict.fromkeys(node for node in self._slots if node is not None))
 
-    def route(self, key: bytes) -> Route | None:
-        """Return where a key is; None if nobody has its slot."""
+    def split(self, keys: Sequence[bytes]) -> tuple[dict[Route, Sequence[int]], Sequence[int]]:
+        """Return which of the keys, by their places, each server has, and those whose slot nobody has."""
         if not self.clustered:
-            return Route(self._seed)
+            return {Route(self._seed): range(len(keys))} if keys else {}, ()
         from redis.crc import key_slot
 
-        node = self._slots[key_slot(key)]
-        return None if node is None else Route(node)
+        found: dict[Node | None, list[int]] = {}
+        for place, key in enumerate(keys):
+            found.setdefault(self._slots[key_slot(key)], []).append(place)
+        nobody = found.pop(None, [])
+        return {Route(node): places for node, places in found.items() if node is not None}, nobody
 
     def follow(self, refusal: Refusal, node: Node) -> Route | None:
         """Return where `node` sends a key with MOVED or ASK; None if it does not, or that cannot be read."""

@@ -7,16 +7,16 @@ not have, and what it cannot be asked for, is a miss.
 from __future__ import annotations
 
 import os
-import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from kvconnect.errors import ConfigError, StoreUnavailable
 from kvconnect.protocol import BlockKey
 from kvconnect.store import BlockStore, StoreCapabilities, StoreContext
 from kvconnect_redis.cluster import Route, Topology
+from kvconnect_redis.commands import Command, Exists, Get, Set, Unlink, Writers, bulk
 from kvconnect_redis.nodes import Node, Untrusted
 from kvconnect_redis.settings import RedisOptions, Settings, read_settings
 from kvconnect_redis.wire import Refusal, Refused, Wire, command
@@ -25,21 +25,10 @@ __all__ = ["RedisOptions", "RedisStore"]
 
 _DEADLINE = 0.9  # of the tier's timeout: an answer just in time is worth more than one that nobody awaits any more
 _KEY_BYTES = 72
-# Of GET, as little as keeps both sides busy, two blocks or this: what a server has copied for us is then still in its
-# caches when it sends it. With 256 KiB blocks on two threads that was 1.5 times as fast as 4 MiB; half a MiB was a
-# tenth slower where one thread and the server had to wake each other.
-_GET_FLYING_BYTES = 768 << 10
-_GET_FLYING_LEAST = 2
-# Of SET, the kernel's buffers: a server that has received what we have to send needs not wait while we seal the next.
-# Few bytes are sent at a time, because they are sealed just before: what has left the caches is sent more slowly.
-_SET_FLYING_BYTES = 8 << 20
-_SET_GROUP_BYTES = 512 << 10
-_FLYING_MOST = 1024
 _MOST_ROUNDS = 5  # of keys that have moved while we looked for them
 _PROBES = 16  # a node with half of a cluster's slots passes for a single server once in 65,536 times
 _SCAN_COUNT = b"1000"
 _OF_ONE_KEY = ("OOM", "WRONGTYPE")  # refusals that are an answer: no room for it; something else has its name
-_ASKING = command(b"ASKING")
 # At start these are mistakes in the configuration; later they are outages. ERR: no such database, no password needed.
 _MISCONFIGURED = {
     "WRONGPASS": "check user and password",
@@ -67,9 +56,10 @@ class RedisStore(BlockStore):
         """
         settings = read_settings(options, context.name)
         self._prefix = settings.prefix
-        self._ttl = b"" if not settings.ttl_ms else b"$2\r\nPX\r\n" + _bulk(b"%d" % settings.ttl_ms)
+        self._ttl = b"" if not settings.ttl_ms else b"$2\r\nPX\r\n" + bulk(b"%d" % settings.ttl_ms)
         self._timeout_s = context.timeout_s * _DEADLINE
         self._pid = os.getpid()
+        self._writers = Writers()
         self._closed = False
         self._topology = Topology(settings, most_idle=self.capabilities.concurrency)
         try:
@@ -80,7 +70,7 @@ class RedisStore(BlockStore):
 
     def contains(self, keys: Sequence[BlockKey]) -> Sequence[bool]:
         """Ask for each key whether it exists; those of a node that is away do not."""
-        return [answer == 1 for answer in self._settled(keys, _Exists(self._names(keys)))]
+        return [answer == 1 for answer in self._settled(keys, Exists(self._names(keys)))]
 
     def read(self, keys: Sequence[BlockKey], buffers: Sequence[memoryview]) -> Sequence[int | None]:
         """Receive each value in its buffer; those of a node that is away are misses."""
@@ -95,7 +85,7 @@ class RedisStore(BlockStore):
         arrived: Callable[[int, int | None], None],
     ) -> None:
         """Receive each value in its buffer, and tell of it while the server sends the next; of misses at last."""
-        asked = _Get(self._names(keys), buffers, arrived)
+        asked = Get(self._names(keys), buffers, arrived)
         self._settled(keys, asked)
         for index in range(len(keys)):
             if index not in asked.arrived:
@@ -103,7 +93,8 @@ class RedisStore(BlockStore):
 
     def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
         """Send each frame; False if the server has no memory left for it, or is away."""
-        answers = self._settled(keys, _Set(self._names(keys), frames, self._ttl))
+        with self._writers:
+            answers = self._settled(keys, Set(self._names(keys), frames, self._ttl, self._writers))
         return [answer == b"OK" for answer in answers]
 
     def remove(self, keys: Sequence[BlockKey]) -> None:
@@ -112,7 +103,7 @@ class RedisStore(BlockStore):
         Raises:
             StoreUnavailable: If some could not be: they may still be there.
         """
-        for answer in self._ask(_Unlink(self._names(keys))):
+        for answer in self._ask(Unlink(self._names(keys))):
             if isinstance(answer, StoreUnavailable):
                 raise answer
 
@@ -200,7 +191,7 @@ class RedisStore(BlockStore):
                 return following, names
         raise StoreUnavailable(f"{node.where} does not follow the protocol: no page of keys")
 
-    def _settled(self, keys: Sequence[BlockKey], asked: _Command) -> list[Any]:
+    def _settled(self, keys: Sequence[BlockKey], asked: Command) -> list[Any]:
         """Ask, and raise if nobody answered; in a cluster, what some nodes did not is a miss.
 
         A node that is lost must not look like an outage: calls for its keys alone would keep the others from being
@@ -216,7 +207,7 @@ class RedisStore(BlockStore):
                 return answers
         raise errors[0]
 
-    def _ask(self, asked: _Command) -> list[Any]:
+    def _ask(self, asked: Command) -> list[Any]:
         """Ask every key's server.
 
         Returns:
@@ -226,14 +217,10 @@ class RedisStore(BlockStore):
         deadline = self._deadline()
         self._topology.refresh(deadline)
         answers: list[Any] = [None] * len(asked.names)
-        todo: dict[Route, list[int]] = {}
-        for number, name in enumerate(asked.names):
-            route = self._topology.route(name)
-            if route is None:
-                self._topology.suspect()
-                answers[number] = StoreUnavailable("no node of the cluster has the key's slot")
-            else:
-                todo.setdefault(route, []).append(number)
+        todo, nobody = self._topology.split(asked.names)
+        for number in nobody:
+            self._topology.suspect()
+            answers[number] = StoreUnavailable("no node of the cluster has the key's slot")
         for _ in range(_MOST_ROUNDS):
             todo = self._round(asked, todo, answers, deadline)
             if not todo:
@@ -242,8 +229,8 @@ class RedisStore(BlockStore):
         return answers
 
     def _round(
-        self, asked: _Command, todo: dict[Route, list[int]], answers: list[Any], deadline: float
-    ) -> dict[Route, list[int]]:
+        self, asked: Command, todo: Mapping[Route, Sequence[int]], answers: list[Any], deadline: float
+    ) -> dict[Route, Sequence[int]]:
         """Ask each server for its keys, and return those that are somewhere else."""
         elsewhere: dict[Route, list[int]] = {}
         for done, (route, numbers) in enumerate(todo.items()):
@@ -251,7 +238,7 @@ class RedisStore(BlockStore):
             now = time.monotonic()
             until = now + (deadline - now) / (len(todo) - done)
             try:
-                found = route.node.talk(until, asked.conversation(numbers, asking=route.asking))
+                found = route.node.talk(until, partial(asked.converse, numbers=numbers, asking=route.asking))
             except StoreUnavailable as error:
                 self._topology.suspect()
                 found = [error] * len(numbers)
@@ -262,140 +249,4 @@ class RedisStore(BlockStore):
                     following = self._topology.follow(answer, route.node)
                     if following is not None:
                         elsewhere.setdefault(following, []).append(number)
-        return elsewhere
-
-
-class _Command(ABC):
-    """One command for many keys, pipelined. Repeating it changes nothing.
-
-    Attributes:
-        name: What the server calls it.
-        names: The keys, as the server knows them.
-        flying_bytes: How much is under way at a time, before more is asked for.
-        least: How many are under way at a time, however many bytes that is.
-        group_bytes: How much is sent at a time.
-    """
-
-    name: ClassVar[str]
-    flying_bytes: ClassVar[int] = 1 << 20
-    least: ClassVar[int] = 1
-    group_bytes: ClassVar[int] = 1 << 20
-
-    def __init__(self, names: list[bytes]) -> None:
-        self.names = names
-
-    @abstractmethod
-    def request(self, number: int) -> tuple[int, tuple[bytes | memoryview, ...]]:
-        """Return about how many bytes one key moves, and what is sent for it."""
-
-    def answer(self, wire: Wire, number: int) -> Any:
-        """Read what is answered for one key."""
-        return wire.reply()
-
-    def take(self, number: int, answer: Any) -> None:  # noqa: B027 - most answers need no look
-        """Look at an answer while the next is on its way."""
-
-    def conversation(self, numbers: Sequence[int], *, asking: bool) -> Any:
-        """Return what asks for some of the keys, by their numbers, and returns the answers."""
-
-        def converse(wire: Wire) -> list[Any]:
-            answers: list[Any] = []
-            weights: list[int] = []  # of what is sent; its length is how many
-            flying = 0  # bytes of what is not answered
-
-            def send_more() -> None:
-                nonlocal flying
-                parts: list[bytes | memoryview] = []
-                group = 0
-                while len(weights) < len(numbers):
-                    waiting = len(weights) - len(answers)
-                    if waiting >= _FLYING_MOST or (waiting >= self.least and flying >= self.flying_bytes):
-                        break
-                    weight, request = self.request(numbers[len(weights)])
-                    if asking:
-                        parts.append(_ASKING)
-                    parts += request
-                    weights.append(weight)
-                    flying += weight
-                    group += weight
-                    if group >= self.group_bytes:
-                        wire.send(parts)
-                        parts, group = [], 0
-                if parts:
-                    wire.send(parts)
-
-            send_more()
-            for number in numbers:
-                if asking:
-                    wire.reply()
-                answer = self.answer(wire, number)
-                flying -= weights[len(answers)]
-                answers.append(answer)
-                waiting = len(weights) - len(answers)
-                if waiting < self.least or (waiting <= _FLYING_MOST // 2 and flying <= self.flying_bytes // 2):
-                    send_more()
-                self.take(number, answer)
-            return answers
-
-        return converse
-
-
-class _Exists(_Command):
-    name = "EXISTS"
-
-    def request(self, number: int) -> tuple[int, tuple[bytes]]:
-        return 0, (command(b"EXISTS", self.names[number]),)
-
-
-class _Unlink(_Command):
-    name = "UNLINK"
-
-    def request(self, number: int) -> tuple[int, tuple[bytes]]:
-        return 0, (command(b"UNLINK", self.names[number]),)
-
-
-class _Get(_Command):
-    name = "GET"
-    flying_bytes = _GET_FLYING_BYTES
-    least = _GET_FLYING_LEAST
-    group_bytes = sys.maxsize  # requests are short: those for what may be under way are sent together
-
-    def __init__(
-        self, names: list[bytes], buffers: Sequence[memoryview], arrived: Callable[[int, int | None], None]
-    ) -> None:
-        super().__init__(names)
-        self.arrived: set[int] = set()  # they stay what they are if the node is lost before the rest has come
-        self._buffers = buffers
-        self._tell = arrived
-
-    def request(self, number: int) -> tuple[int, tuple[bytes]]:
-        return len(self._buffers[number]), (b"*2\r\n$3\r\nGET\r\n" + _bulk(self.names[number]),)
-
-    def answer(self, wire: Wire, number: int) -> Any:
-        return wire.reply_into(self._buffers[number])
-
-    def take(self, number: int, answer: Any) -> None:
-        if isinstance(answer, int):
-            self.arrived.add(number)
-            self._tell(number, answer)
-
-
-class _Set(_Command):
-    name = "SET"
-    flying_bytes = _SET_FLYING_BYTES
-    group_bytes = _SET_GROUP_BYTES
-
-    def __init__(self, names: list[bytes], frames: Sequence[memoryview], ttl: bytes) -> None:
-        super().__init__(names)
-        self._frames = frames
-        self._words = 5 if ttl else 3
-        self._tail = b"\r\n" + ttl
-
-    def request(self, number: int) -> tuple[int, tuple[bytes | memoryview, ...]]:
-        frame = self._frames[number]
-        head = b"*%d\r\n$3\r\nSET\r\n%s$%d\r\n" % (self._words, _bulk(self.names[number]), len(frame))
-        return len(frame), (head, frame, self._tail)
-
-
-def _bulk(text: bytes) -> bytes:
-    return b"$%d\r\n%s\r\n" % (len(text), text)
+        return dict(elsewhere)

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 from kvconnect.errors import StoreUnavailable
 
-__all__ = ["Late", "Lost", "Refusal", "Refused", "Reply", "Wire", "command"]
+__all__ = ["MOST_PARTS", "Late", "Lost", "Refusal", "Refused", "Reply", "Wire", "command"]
 
+MOST_PARTS = 1024  # of one sendmsg: IOV_MAX
 _PEEK = 4096  # a reply's line must fit; what came of a body with its line is copied, the rest is not
-_MOST_PARTS = 1000  # of one sendmsg; IOV_MAX is 1024
 _SLACK = 0.98  # a socket's timeout is set again when so much less time is left: once a call, for most
 _DRAIN = 64 << 10
 _LONGEST_TEXT = 4096  # of a string in a nested reply: addresses, cursors, names of keys
@@ -99,13 +99,14 @@ class Wire:
         self._start = self._end = 0
         self._deadline = 0.0
         self._armed = math.inf  # the time left below which the socket's timeout is set anew
+        self._send_armed = math.inf
         if not self._encrypted:
             sock.settimeout(None)
 
     def begin(self, deadline: float) -> None:
         """Start a conversation that must end before `deadline` of `time.monotonic`."""
         self._deadline = deadline
-        self._armed = math.inf
+        self._armed = self._send_armed = math.inf
         self.answered = False
         if self._start != self._end:
             raise Lost(f"{self.where} spoke without being asked")
@@ -113,21 +114,38 @@ class Wire:
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         """Send all bytes of all parts, in order, without copying them.
 
+        Args:
+            parts: At most `MOST_PARTS`.
+
         Raises:
             StoreUnavailable: If the deadline passes, or the connection is lost.
         """
+        count = self._send_some(parts)
+        if count == sum(map(len, parts)):  # nearly always
+            return
         left = list(parts)
         first = 0
-        while first < len(left):
-            batch = left[first : first + _MOST_PARTS]
-            count = self._send_some(batch)
-            for part in batch:
+        while True:
+            for part in left[first:]:
                 if count < len(part):
                     break
                 count -= len(part)
                 first += 1
             if count:
                 left[first] = memoryview(left[first])[count:]
+            if first == len(left):
+                return
+            count = self._send_some(left[first:])
+
+    def accept(self, replies: bytes) -> bool:
+        """Wait for as many bytes with one system call, and take them if they are these; else leave them to be read."""
+        missing = len(replies) - (self._end - self._start)
+        if missing > 0:
+            self._more(missing, socket.MSG_WAITALL)
+        if not self._memory.startswith(replies, self._start, self._end):
+            return False
+        self._start += len(replies)
+        return True
 
     def reply_into(self, buffer: memoryview) -> int | Refusal | None:
         """Read a string into `buffer`.
@@ -217,15 +235,16 @@ class Wire:
                 raise self._garbled("a reply of an unknown kind")  # perhaps without an end
             self._more(max(1, most - (self._end - self._start)))
 
-    def _more(self, most: int) -> None:
+    def _more(self, most: int, flags: int = 0) -> None:
         """Receive some bytes behind those that are there, at most `most`."""
         if self._start:
             kept = self._end - self._start
-            self._memory[:kept] = self._memory[self._start : self._end]
+            if kept:
+                self._memory[:kept] = self._memory[self._start : self._end]
             self._start, self._end = 0, kept
         if self._end == _PEEK:
             raise self._garbled("a line that is too long")
-        self._end += self._receive(self._view[self._end : self._end + most], 0)
+        self._end += self._receive(self._view[self._end : self._end + most], flags)
 
     def _length(self, line: bytes) -> int | None:
         if line[1:] == b"-1":
@@ -282,14 +301,16 @@ class Wire:
         self.answered = True
         return count
 
-    def _send_some(self, parts: list[bytes | memoryview]) -> int:
+    def _send_some(self, parts: Sequence[bytes | memoryview]) -> int:
         left = self._time_left()
         try:
             if self._encrypted:
                 self._sock.settimeout(left)
                 return self._sock.send(parts[0])
             if self._blocking_send:
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(left))
+                if left < self._send_armed:
+                    self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(left))
+                    self._send_armed = left * _SLACK
                 return self._sock.sendmsg(parts)
             self._sock.settimeout(left)
             try:

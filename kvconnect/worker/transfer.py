@@ -37,6 +37,7 @@ __all__ = ["Endings", "SlotFrame", "StoreTransfers"]
 logger = logging.getLogger(__name__)
 
 _ZSTD_LEVEL = 1
+_SEAL_LOCKS = 64  # so that threads seldom wait for one another: sealing reads the whole block
 
 
 class SlotFrame(NamedTuple):
@@ -100,7 +101,7 @@ class StoreTransfers:
         self.counts: Counter[str] = Counter()
         self._stores: list[StoreThreads] = []
         self._sealed: dict[int, BlockKey] = {}
-        self._seal_lock = threading.Lock()
+        self._seal_locks = [threading.Lock() for _ in range(_SEAL_LOCKS)]
         try:
             for tier in tiers:
                 self._stores.append(StoreThreads(tier, role, memory))
@@ -205,7 +206,7 @@ class StoreTransfers:
 
     def _seal(self, frame: SlotFrame) -> memoryview:
         """Seal a slot once: another tier's thread may be reading the header that a second time would rewrite."""
-        with self._seal_lock:
+        with self._seal_locks[frame.slot % _SEAL_LOCKS]:
             if self._sealed.get(frame.slot) != frame.key:
                 seal_frame(
                     frame.memory,

@@ -164,6 +164,15 @@ def test_answers_that_nobody_asked_for_are_not_taken_for_the_next(babbler: Babbl
             assert read(store, 1, size=64) == [b"next"]
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_refusal_among_answers_concerns_its_key_alone(babbler: Babbler, store: RedisStore, bad: int) -> None:
+    answers = [b"+OK\r\n"] * 3
+    answers[bad] = b"-OOM command not allowed when used memory > 'maxmemory'.\r\n"
+    babbler.says = b"".join(answers)
+    taken = store.write([key(number) for number in range(3)], [memoryview(b"frame")] * 3)
+    assert list(taken) == [number != bad for number in range(3)]
+
+
 def test_what_the_server_quotes_is_not_repeated(babbler: Babbler, store: RedisStore) -> None:
     babbler.says = b"-ERR unknown command, with args beginning with: hunter2\r\n"
     with pytest.raises(StoreUnavailable, match="GET with ERR") as raised:
