@@ -27,7 +27,8 @@ _GET_FLYING_BYTES = 384 << 10
 _SET_FLYING_BYTES = 544 << 10
 _SET_FLYING_ALONE_BYTES = 4 << 20
 _SET_GROUP_BYTES = 512 << 10
-_TOGETHER_S = 0.05  # for which a thread counts when it has left
+_PAUSE_S = 0.05  # a thread that stays away for so long does not count any more
+_ARRIVAL_S = 0.005  # in which some 10 MB are sent
 _FLYING_LEAST = 2  # blocks, however large: one that the server works on, one that comes or goes
 _FLYING_MOST = MOST_PARTS // 4  # keys; each has up to four parts
 _ASKING = command(b"ASKING")
@@ -132,24 +133,28 @@ class Writers:
         """Nobody."""
         self._lock = threading.Lock()
         self._count = 0
-        self._together_until = 0.0
+        self._left = self._together_until = 0.0
 
     @property
     def alone(self) -> bool:
-        """Whether there is one, and was no other a moment ago: a thread comes back when it has its next blocks."""
+        """Whether there is one, was no other a moment ago, and none seems to be on its way."""
         return self._count < 2 and time.monotonic() >= self._together_until
 
     def __enter__(self) -> None:
-        """One more."""
+        """One more. The first after a pause is often followed by the next: they were given their blocks together."""
         with self._lock:
+            now = time.monotonic()
+            if not self._count and now > self._left + _PAUSE_S:
+                self._together_until = now + _ARRIVAL_S
             self._count += 1
 
     def __exit__(self, *exception: object) -> None:
-        """One less."""
+        """One less: often one that comes back with its next blocks."""
         with self._lock:
+            self._left = time.monotonic()
             self._count -= 1
             if self._count:
-                self._together_until = time.monotonic() + _TOGETHER_S
+                self._together_until = self._left + _PAUSE_S
 
 
 class Exists(Command):

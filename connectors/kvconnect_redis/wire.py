@@ -120,10 +120,18 @@ class Wire:
         Raises:
             StoreUnavailable: If the deadline passes, or the connection is lost.
         """
-        count = self._send_some(parts)
-        if count == sum(map(len, parts)):  # nearly always
-            return
-        left = list(parts)
+        if self._deadline - time.monotonic() < self._send_armed:
+            count = self._send_some(parts)
+        else:  # nearly always. Short ways count here: after half a MiB all of this has left the caches, too
+            try:
+                count = self._sock.sendmsg(parts)
+            except OSError as error:
+                raise self._late_or_lost(error) from error
+        if count != sum(map(len, parts)):
+            self._send_rest(list(parts), count)
+
+    def _send_rest(self, left: list[bytes | memoryview], count: int) -> None:
+        """Send what comes after the first `count` bytes."""
         first = 0
         while True:
             for part in left[first:]:
@@ -139,9 +147,17 @@ class Wire:
 
     def accept(self, replies: bytes) -> bool:
         """Wait for as many bytes with one system call, and take them if they are these; else leave them to be read."""
-        missing = len(replies) - (self._end - self._start)
-        if missing > 0:
-            self._more(missing, socket.MSG_WAITALL)
+        if self._start != self._end or self._deadline - time.monotonic() < self._armed:
+            missing = len(replies) - (self._end - self._start)
+            if missing > 0:
+                self._more(missing, socket.MSG_WAITALL)
+        else:  # nearly always
+            try:
+                self._end = self._sock.recv_into(self._memory, len(replies), socket.MSG_WAITALL)
+            except OSError as error:
+                raise self._late_or_lost(error) from error
+            self._start = 0
+            self._arrived(self._end)
         if not self._memory.startswith(replies, self._start, self._end):
             return False
         self._start += len(replies)
@@ -292,14 +308,15 @@ class Wire:
                     self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(left))
                     self._armed = left * _SLACK
                 count = self._sock.recv_into(view, 0, flags)
-        except (BlockingIOError, TimeoutError) as error:
-            raise self._late() from error
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._late_or_lost(error) from error
+        self._arrived(count)
+        return count
+
+    def _arrived(self, count: int) -> None:
         if not count:
             raise Lost(f"{self.where} closed the connection")
         self.answered = True
-        return count
 
     def _send_some(self, parts: Sequence[bytes | memoryview]) -> int:
         left = self._time_left()
@@ -317,10 +334,8 @@ class Wire:
                 return self._sock.sendmsg(parts)
             finally:
                 self._sock.settimeout(None)
-        except (BlockingIOError, TimeoutError) as error:
-            raise self._late() from error
         except OSError as error:
-            raise self._lost(error) from error
+            raise self._late_or_lost(error) from error
 
     def _time_left(self) -> float:
         left = self._deadline - time.monotonic()
@@ -331,7 +346,9 @@ class Wire:
     def _late(self) -> Late:
         return Late(f"{self.where} did not answer in time")
 
-    def _lost(self, error: OSError) -> Lost:
+    def _late_or_lost(self, error: OSError) -> Late | Lost:
+        if isinstance(error, (BlockingIOError, TimeoutError)):
+            return self._late()
         return Lost(f"the connection to {self.where} is lost: {type(error).__name__}")
 
     def _garbled(self, what: str) -> StoreUnavailable:
