@@ -106,7 +106,11 @@ class Wire:
     def begin(self, deadline: float) -> None:
         """Start a conversation that must end before `deadline` of `time.monotonic`."""
         self._deadline = deadline
-        self._armed = self._send_armed = math.inf
+        left = deadline - time.monotonic()
+        if not self._armed <= left <= self._armed / _SLACK**2:
+            self._armed = math.inf
+        if not self._send_armed <= left <= self._send_armed / _SLACK**2:
+            self._send_armed = math.inf
         self.answered = False
         if self._start != self._end:
             raise Lost(f"{self.where} spoke without being asked")
