@@ -27,6 +27,8 @@ __all__ = ["MooncakeOptions", "MooncakeStore"]
 _NO_SPACE = -200
 _NOT_COMPLETE = -703  # somebody is writing it, or died doing so: its name is free again after 30 s
 _NOT_FOUND = -704
+_LEASE_ENDED = -707  # before all bytes had come: they may be another object's by now
+_MOST_GETS = 3
 _IN_USE = (-706, -708)  # leased, or being copied
 _DEADLINE = 0.9  # of the tier's timeout
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.2  # between looks whether a lease has ended; it lasts 10 s by default
@@ -88,10 +90,9 @@ class MooncakeStore(BlockStore):
         if not parts:
             return []
         with self._client.calling() as client:
-            moved = self._move(list(parts.values()), client.batch_get_into, copies_out=True)
-            if all(code < 0 for code in moved):  # is nothing there, or does nobody answer?
+            lengths = self._get(client, list(parts.values()))
+            if all(code < 0 for code in lengths.values()):  # is nothing there, or does nobody answer?
                 self._exist(client, [next(iter(parts))])
-        lengths = dict(zip(parts, moved, strict=True))
         filled: list[int | None] = [None] * len(keys)
         for part in (*parts.values(), *again):
             length, first = lengths[part.name], parts[part.name]
@@ -165,6 +166,19 @@ class MooncakeStore(BlockStore):
         if min(codes) < 0:
             raise StoreUnavailable(f"Mooncake's master at {self._client.master} did not answer, code {min(codes)}")
         return [code == 1 for code in codes]
+
+    def _get(self, client: Any, parts: Sequence[_Part]) -> dict[str, int]:
+        """Get objects, again where a slow transfer outlived the lease; return the length or the code for each name."""
+        deadline = time.monotonic() + self._timeout_s
+        codes: dict[str, int] = {}
+        left = parts
+        for _ in range(_MOST_GETS):
+            moved = self._move(left, client.batch_get_into, copies_out=True)
+            codes.update(zip((part.name for part in left), moved, strict=True))
+            left = [part for part in left if codes[part.name] == _LEASE_ENDED]
+            if not left or time.monotonic() >= deadline:
+                break
+        return codes
 
     def _move(self, parts: Sequence[_Part], call: Any, *, copies_out: bool = False) -> list[int]:
         """Put or get objects, registered memory as it lies and all other in runs through the staging buffer.

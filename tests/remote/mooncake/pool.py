@@ -16,8 +16,9 @@ from kvconnect.store import BlockStore
 from kvconnect.testing.promise import not_here
 from tests.remote.processes import Server, free_ports, listens, needs_program
 
-__all__ = ["Client", "Pool", "buffer_of", "name_of", "needs_mooncake"]
+__all__ = ["LEASE_S", "Client", "Pool", "buffer_of", "name_of", "needs_mooncake"]
 
+LEASE_S = 0.2
 _PROVIDER = Path(__file__).with_name("provider.py")
 
 
@@ -56,7 +57,7 @@ class Pool:
                 f"--metrics_port={metrics}",
                 "--rpc_address=127.0.0.1",
                 "--metrics_host=127.0.0.1",
-                "--default_kv_lease_ttl=200",  # ms: `remove` waits for leases; 10 s by default
+                f"--default_kv_lease_ttl={LEASE_S * 1000:.0f}",  # `remove` waits for leases; 10 s by default
             ],
             folder / "master.log",
             lambda: listens(self.port),

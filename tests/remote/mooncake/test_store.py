@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from kvconnect.errors import Closed, ConfigError, StoreUnavailable
 from kvconnect.protocol import BlockKey
 from kvconnect.protocol.keys import KEY_BYTES
 from kvconnect.store import StoreContext
-from tests.remote.mooncake.pool import Client, Pool, buffer_of, name_of, read_one
+from tests.remote.mooncake.pool import LEASE_S, Client, Pool, buffer_of, name_of, read_one
 
 TIMEOUT_S = 10.0
 
@@ -178,6 +179,37 @@ def test_object_that_was_read_a_moment_ago_is_removed_when_its_lease_has_ended(
     assert peer.raw.remove(name_of(key), False) < 0, "the pool says that it is leased"
     store.remove([key])
     assert peer.get(key) == b""
+
+
+@contextlib.contextmanager
+def slow_for(pool: Pool, seconds: float) -> Iterator[None]:
+    """Stop the provider for so long."""
+    pool.provider.signal(signal.SIGSTOP)
+    going_on = threading.Timer(seconds, pool.provider.signal, [signal.SIGCONT])
+    going_on.start()
+    try:
+        yield
+    finally:
+        going_on.join()
+
+
+def test_object_whose_lease_ended_before_it_had_come_is_got_again(tmp_path: Path) -> None:
+    """A provider that is slow for longer than a lease lasts: Mooncake's own client gives up."""
+    keys = fresh(2)
+    frames = [b"comes late", b"comes too"]
+    with Pool(tmp_path, 64 << 20) as pool, Client(pool) as peer:
+        store = new_store(pool)
+        try:
+            assert store.write(keys, [memoryview(frame) for frame in frames]) == [True, True]
+            with slow_for(pool, 3 * LEASE_S):
+                assert peer.get(keys[0]) == b""
+            with slow_for(pool, 3 * LEASE_S):
+                buffers = [bytearray(64) for _ in keys]
+                lengths = store.read(keys, [memoryview(buffer) for buffer in buffers])
+            assert list(lengths) == [len(frame) for frame in frames]
+            assert [bytes(buffer[:length]) for buffer, length in zip(buffers, lengths, strict=True)] == frames
+        finally:
+            store.close()
 
 
 def test_object_that_is_read_without_end_is_removed_at_the_deadline(pool: Pool, peer: Client) -> None:
