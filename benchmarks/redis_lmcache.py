@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR")  # before it is imported
@@ -127,11 +128,10 @@ class Native(Lmcache):
 
 def compare(port: int, size: int) -> None:
     each = [Blocks(size, TOTAL // size // THREADS) for _ in range(THREADS)]
-    ours, unchecked = Ours(port), Unchecked(port)
     works: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
     with ThreadPoolExecutor(THREADS) as pool:
-        works["ours"] = (lambda: _all(pool, ours.put, each), lambda: _all(pool, ours.get, each))
-        works["unchecked"] = (lambda: _all(pool, unchecked.put, each), lambda: _all(pool, unchecked.get, each))
+        for name, ours in (("ours", Ours(port)), ("unchecked", Unchecked(port))):
+            works[name] = partial(_all, pool, ours.put, each), partial(_all, pool, ours.get, each)
         for name, theirs in (
             ("redis://", Python(port)),
             ("resp:// 2", Native(port, 2)),
@@ -143,7 +143,7 @@ def compare(port: int, size: int) -> None:
             works[name] = _batched(theirs.put, keys, sent), _batched(theirs.get, keys, received)
         times: dict[tuple[str, int], list[float]] = {(name, way): [] for name in works for way in range(2)}
         for number in range(ROUNDS):
-            for name, ways in TURNS.sample(sorted(works.items()), len(works)):
+            for name, ways in TURNS.sample(list(works.items()), len(works)):
                 for way, work in enumerate(ways):
                     started = time.perf_counter()
                     work()

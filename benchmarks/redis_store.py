@@ -33,11 +33,7 @@ from kvconnect.worker.arena import PAGE_BYTES, Arena
 TOTAL, BATCH, ROUNDS = 64 << 20, 8 << 20, 17
 TURNS = random.Random(0)  # nobody comes after the same one each time: what the server has just done counts
 FINGERPRINT, ORDER = bytes(32), "layer,role,token,head,dim"
-LIMITS = {
-    "bare": (0.80, 0.80),
-    "bare+sums": (0.90, 0.90),
-    "redis-py": (4.0, 2.0),
-}  # put, get
+LIMITS = {"bare": (0.80, 0.80), "bare+sums": (0.90, 0.90), "redis-py": (4.0, 2.0)}  # put, get
 
 
 def slots(count: int, size: int) -> list[memoryview]:
@@ -196,7 +192,7 @@ def compare(port: int, size: int, threads: int) -> None:
     times: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in clients for kind in ("put", "get")}
     with ThreadPoolExecutor(threads) as pool:
         for number in range(ROUNDS):
-            for name, client in TURNS.sample(sorted(clients.items()), len(clients)):
+            for name, client in TURNS.sample(list(clients.items()), len(clients)):
                 works: list[tuple[str, Callable[[Blocks], None]]] = [("put", client.put), ("get", client.get)]
                 for kind, work in works:
                     started = time.perf_counter()

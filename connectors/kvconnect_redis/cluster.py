@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvconnect.errors import ConfigError, StoreUnavailable
@@ -74,7 +74,7 @@ class Topology:
         with self._lock:
             return list(dict.fromkeys(node for node in self._slots if node is not None))
 
-    def split(self, keys: Sequence[bytes]) -> tuple[dict[Route, Sequence[int]], Sequence[int]]:
+    def split(self, keys: Sequence[bytes]) -> tuple[Mapping[Route, Sequence[int]], Sequence[int]]:
         """Return which of the keys, by their places, each server has, and those whose slot nobody has."""
         if not self.clustered:
             return {Route(self._seed): range(len(keys))} if keys else {}, ()

@@ -86,7 +86,7 @@ class Command(ABC):
         sent: deque[_Group] = deque()
         waiting = flying = 0  # keys, and bytes, of what is not answered
         for group in self._groups(numbers, asking=asking):  # each is made while those before it are under way
-            while waiting >= _FLYING_LEAST and (waiting > _FLYING_MOST or flying > self.flying_bytes()):
+            while not self._may_send(waiting, flying):
                 _, count, weight = sent.popleft()
                 answers += self._answers(wire, count, asking=asking)
                 waiting -= count
@@ -98,6 +98,10 @@ class Command(ABC):
         for _, count, _ in sent:
             answers += self._answers(wire, count, asking=asking)
         return answers
+
+    def _may_send(self, waiting: int, flying: int) -> bool:
+        """Return whether more may be sent while so many keys, and bytes, are under way."""
+        return waiting < _FLYING_LEAST or (waiting <= _FLYING_MOST and flying <= self.flying_bytes())
 
     def _answers(self, wire: Wire, count: int, *, asking: bool) -> list[Any]:
         if self.all_well and not asking and wire.accept(self.all_well * count):
@@ -213,7 +217,7 @@ class Get(Command):
 
         def send_more() -> None:
             nonlocal waiting, flying, group
-            while group and (waiting < _FLYING_LEAST or (waiting <= _FLYING_MOST and flying <= self.flying_bytes())):
+            while group and self._may_send(waiting, flying):
                 wire.send(group.parts)
                 waiting += group.num_keys
                 flying += group.num_bytes

@@ -230,7 +230,7 @@ class RedisStore(BlockStore):
 
     def _round(
         self, asked: Command, todo: Mapping[Route, Sequence[int]], answers: list[Any], deadline: float
-    ) -> dict[Route, Sequence[int]]:
+    ) -> Mapping[Route, Sequence[int]]:
         """Ask each server for its keys, and return those that are somewhere else."""
         elsewhere: dict[Route, list[int]] = {}
         for done, (route, numbers) in enumerate(todo.items()):
@@ -249,4 +249,4 @@ class RedisStore(BlockStore):
                     following = self._topology.follow(answer, route.node)
                     if following is not None:
                         elsewhere.setdefault(following, []).append(number)
-        return dict(elsewhere)
+        return elsewhere

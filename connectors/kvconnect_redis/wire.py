@@ -20,14 +20,13 @@ __all__ = ["MOST_PARTS", "Late", "Lost", "Refusal", "Refused", "Reply", "Wire", 
 
 MOST_PARTS = 1024  # of one sendmsg: IOV_MAX
 _PEEK = 4096  # a reply's line must fit; what came of a body with its line is copied, the rest is not
-_SLACK = 0.98  # a socket's timeout is set again when so much less time is left: once a call, for most
+_SLACK = 0.98  # a socket's timeout stays while it is within this of the time that is left: setting it is a system call
 _DRAIN = 64 << 10
 _LONGEST_TEXT = 4096  # of a string in a nested reply: addresses, cursors, names of keys
 _MOST_ITEMS = 1 << 17  # of a nested reply: all slots of a cluster, each on its own
 _DEEPEST = 6
 _KINDS = b"+-:$*"
 _CRLF = b"\r\n"
-_OK = b"+OK\r\n"
 
 
 class Late(StoreUnavailable):
@@ -107,10 +106,8 @@ class Wire:
         """Start a conversation that must end before `deadline` of `time.monotonic`."""
         self._deadline = deadline
         left = deadline - time.monotonic()
-        if not self._armed <= left <= self._armed / _SLACK**2:
-            self._armed = math.inf
-        if not self._send_armed <= left <= self._send_armed / _SLACK**2:
-            self._send_armed = math.inf
+        self._armed = _if_near(self._armed, left)
+        self._send_armed = _if_near(self._send_armed, left)
         self.answered = False
         if self._start != self._end:
             raise Lost(f"{self.where} spoke without being asked")
@@ -136,18 +133,18 @@ class Wire:
 
     def _send_rest(self, left: list[bytes | memoryview], count: int) -> None:
         """Send what comes after the first `count` bytes."""
-        first = 0
         while True:
-            for part in left[first:]:
+            first = 0
+            for part in left:
                 if count < len(part):
                     break
                 count -= len(part)
                 first += 1
-            if count:
-                left[first] = memoryview(left[first])[count:]
-            if first == len(left):
+            left = left[first:]
+            if not left:
                 return
-            count = self._send_some(left[first:])
+            left[0] = memoryview(left[0])[count:]
+            count = self._send_some(left)
 
     def accept(self, replies: bytes) -> bool:
         """Wait for as many bytes with one system call, and take them if they are these; else leave them to be read."""
@@ -202,9 +199,6 @@ class Wire:
 
     def reply(self) -> Reply:
         """Read any reply: short strings, numbers, lists of them. A string that is too long for that is None."""
-        if self._memory.startswith(_OK, self._start, self._end):  # of many that came together
-            self._start += len(_OK)
-            return b"OK"
         return self._nested(_DEEPEST, [_MOST_ITEMS])
 
     def close(self) -> None:
@@ -357,6 +351,11 @@ class Wire:
 
     def _garbled(self, what: str) -> StoreUnavailable:
         return StoreUnavailable(f"{self.where} does not follow the protocol: {what}")
+
+
+def _if_near(armed: float, left: float) -> float:
+    """Return `armed` if the timeout that was set with it still does for what is left, else infinity."""
+    return armed if armed <= left <= armed / _SLACK**2 else math.inf
 
 
 def _timeval(seconds: float) -> bytes:
