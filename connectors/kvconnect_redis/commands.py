@@ -5,8 +5,6 @@ Repeating a command changes nothing, so a conversation that was cut off may be h
 
 from __future__ import annotations
 
-import threading
-import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,21 +12,18 @@ from typing import Any, ClassVar, NamedTuple
 
 from kvconnect_redis.wire import MOST_PARTS, Wire, command
 
-__all__ = ["Command", "Exists", "Get", "Set", "Unlink", "Writers", "bulk"]
+__all__ = ["Command", "Exists", "Get", "Set", "Unlink", "bulk"]
 
 # More is sent while no more than this is under way.
 # Of GET, as little as keeps both sides busy: what a server has copied for us is then still in its caches when it sends
 # it. With 256 KiB blocks on two threads that was 1.5 times as fast as 4 MiB; less was a tenth slower where one thread
 # and the server had to wake each other.
 _GET_FLYING_BYTES = 384 << 10
-# Of SET as well, while several threads keep the server busy: 1.2 times as fast as 4 MiB. A thread alone fills the
-# kernel's buffers, so that the server needs not wait for it: with so little it was up to a third slower. Half a MiB is
-# sent at a time, because it is sealed just before: what has left the caches is sent more slowly.
-_SET_FLYING_BYTES = 544 << 10
-_SET_FLYING_ALONE_BYTES = 4 << 20
-_SET_GROUP_BYTES = 512 << 10
-_PAUSE_S = 0.05  # a thread that stays away for so long does not count any more
-_ARRIVAL_S = 0.005  # in which some 10 MB are sent
+# Of SET, what the kernel's buffers hold: the server must have something to do while the next group is sealed. With
+# 1 MiB under way it and two threads waited for one another for a fifth of the time. A MiB is sent at a time, because it
+# is sealed just before: what has left the caches is sent more slowly.
+_SET_FLYING_BYTES = 3 << 20
+_SET_GROUP_BYTES = 1 << 20
 _FLYING_LEAST = 2  # blocks, however large: one that the server works on, one that comes or goes
 _FLYING_MOST = MOST_PARTS // 4  # keys; each has up to four parts
 _ASKING = command(b"ASKING")
@@ -55,20 +50,18 @@ class Command(ABC):
         name: What the server calls it.
         names: The keys, as the server knows them.
         group_bytes: How much is sent at a time.
+        flying_bytes: How much may be under way when more is sent.
         all_well: The reply for a key for which all is well, if that is always the same and none is shorter.
     """
 
     name: ClassVar[str]
     group_bytes: ClassVar[int] = 1 << 20
+    flying_bytes: ClassVar[int] = 0
     all_well: ClassVar[bytes] = b""
 
     def __init__(self, names: list[bytes]) -> None:
         """Of these keys."""
         self.names = names
-
-    def flying_bytes(self) -> int:
-        """Return how much may be under way when more is sent."""
-        return 0
 
     @abstractmethod
     def request(self, number: int) -> tuple[int, tuple[bytes | memoryview, ...]]:
@@ -101,7 +94,7 @@ class Command(ABC):
 
     def _may_send(self, waiting: int, flying: int) -> bool:
         """Return whether more may be sent while so many keys, and bytes, are under way."""
-        return waiting < _FLYING_LEAST or (waiting <= _FLYING_MOST and flying <= self.flying_bytes())
+        return waiting < _FLYING_LEAST or (waiting <= _FLYING_MOST and flying <= self.flying_bytes)
 
     def _answers(self, wire: Wire, count: int, *, asking: bool) -> list[Any]:
         if self.all_well and not asking and wire.accept(self.all_well * count):
@@ -128,37 +121,6 @@ class Command(ABC):
                 parts, count, weight = [], 0, 0
         if count:
             yield _Group(parts, count, weight)
-
-
-class Writers:
-    """The threads that are within `with` it."""
-
-    def __init__(self) -> None:
-        """Nobody."""
-        self._lock = threading.Lock()
-        self._count = 0
-        self._left = self._together_until = 0.0
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one, was no other a moment ago, and none seems to be on its way."""
-        return self._count < 2 and time.monotonic() >= self._together_until
-
-    def __enter__(self) -> None:
-        """One more. The first after a pause is often followed by the next: they were given their blocks together."""
-        with self._lock:
-            now = time.monotonic()
-            if not self._count and now > self._left + _PAUSE_S:
-                self._together_until = now + _ARRIVAL_S
-            self._count += 1
-
-    def __exit__(self, *exception: object) -> None:
-        """One less: often one that comes back with its next blocks."""
-        with self._lock:
-            self._left = time.monotonic()
-            self._count -= 1
-            if self._count:
-                self._together_until = self._left + _PAUSE_S
 
 
 class Exists(Command):
@@ -189,7 +151,7 @@ class Get(Command):
     """
 
     name = "GET"
-    group_bytes = _GET_FLYING_BYTES
+    group_bytes = flying_bytes = _GET_FLYING_BYTES
 
     def __init__(
         self, names: list[bytes], buffers: Sequence[memoryview], arrived: Callable[[int, int | None], None]
@@ -199,10 +161,6 @@ class Get(Command):
         self.arrived: set[int] = set()
         self._buffers = buffers
         self._tell = arrived
-
-    def flying_bytes(self) -> int:
-        """See `Command`."""
-        return _GET_FLYING_BYTES
 
     def request(self, number: int) -> tuple[int, tuple[bytes]]:
         """See `Command`."""
@@ -244,26 +202,21 @@ class Set(Command):
 
     name = "SET"
     group_bytes = _SET_GROUP_BYTES
+    flying_bytes = _SET_FLYING_BYTES
     all_well = b"+OK\r\n"
 
-    def __init__(self, names: list[bytes], frames: Sequence[memoryview], ttl: bytes, writers: Writers) -> None:
+    def __init__(self, names: list[bytes], frames: Sequence[memoryview], ttl: bytes) -> None:
         """Send `frames`.
 
         Args:
             names: The keys.
             frames: Their values.
             ttl: The words, as they are sent, that say when a key expires; empty for never.
-            writers: Who send to the store, this one among them.
         """
         super().__init__(names)
         self._frames = frames
         self._words = 5 if ttl else 3
         self._tail = b"\r\n" + ttl
-        self._writers = writers
-
-    def flying_bytes(self) -> int:
-        """See `Command`."""
-        return _SET_FLYING_ALONE_BYTES if self._writers.alone else _SET_FLYING_BYTES
 
     def request(self, number: int) -> tuple[int, tuple[bytes | memoryview, ...]]:
         """See `Command`."""

@@ -16,7 +16,7 @@ from kvconnect.errors import ConfigError, StoreUnavailable
 from kvconnect.protocol import BlockKey
 from kvconnect.store import BlockStore, StoreCapabilities, StoreContext
 from kvconnect_redis.cluster import Route, Topology
-from kvconnect_redis.commands import Command, Exists, Get, Set, Unlink, Writers, bulk
+from kvconnect_redis.commands import Command, Exists, Get, Set, Unlink, bulk
 from kvconnect_redis.nodes import Node, Untrusted
 from kvconnect_redis.settings import RedisOptions, Settings, read_settings
 from kvconnect_redis.wire import Refusal, Refused, Wire, command
@@ -59,7 +59,6 @@ class RedisStore(BlockStore):
         self._ttl = b"" if not settings.ttl_ms else b"$2\r\nPX\r\n" + bulk(b"%d" % settings.ttl_ms)
         self._timeout_s = context.timeout_s * _DEADLINE
         self._pid = os.getpid()
-        self._writers = Writers()
         self._closed = False
         self._topology = Topology(settings, most_idle=self.capabilities.concurrency)
         try:
@@ -93,8 +92,7 @@ class RedisStore(BlockStore):
 
     def write(self, keys: Sequence[BlockKey], frames: Sequence[memoryview]) -> Sequence[bool]:
         """Send each frame; False if the server has no memory left for it, or is away."""
-        with self._writers:
-            answers = self._settled(keys, Set(self._names(keys), frames, self._ttl, self._writers))
+        answers = self._settled(keys, Set(self._names(keys), frames, self._ttl))
         return [answer == b"OK" for answer in answers]
 
     def remove(self, keys: Sequence[BlockKey]) -> None:

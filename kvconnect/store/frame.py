@@ -178,8 +178,7 @@ def _write_header(
     payload = out[HEADER_BYTES:]
     flags, checksum = (0, xxhash.xxh3_64_intdigest(payload)) if tagger is None else (_KEYED, 0)
     fields = (_MAGIC, _VERSION, codec, flags, HEADER_BYTES, len(payload), raw, key, fingerprint, order, checksum)
-    _FIELDS.pack_into(out, 0, *fields, _NO_TAG, _ZEROS)
+    head = _FIELDS.pack(*fields, _NO_TAG, _ZEROS)
     if tagger is not None:
-        out[_TAG_AT : _TAG_AT + TAG_BYTES] = tagger.tag(out[:_TAG_AT], payload)
-    end = HEADER_BYTES - _CHECKSUM.size
-    _CHECKSUM.pack_into(out, end, xxhash.xxh3_64_intdigest(out[:end]))
+        head = head[:_TAG_AT] + tagger.tag(memoryview(head)[:_TAG_AT], payload) + _ZEROS
+    out[:HEADER_BYTES] = head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
