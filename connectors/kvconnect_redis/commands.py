@@ -76,29 +76,27 @@ class Command(ABC):
             asking: Whether each must be told that it is known where it is.
         """
         answers: list[Any] = []
-        sent: deque[_Group] = deque()
+        sent: deque[tuple[int, int]] = deque()
         waiting = flying = 0  # keys, and bytes, of what is not answered
-        for group in self._groups(numbers, asking=asking):  # each is made while those before it are under way
-            while not self._may_send(waiting, flying):
-                _, count, weight = sent.popleft()
+        bound = self.flying_bytes
+        for parts, num_keys, num_bytes in self._groups(numbers, asking=asking):  # made while those before it are sent
+            while waiting >= _FLYING_LEAST and (flying > bound or waiting > _FLYING_MOST):
+                count, weight = sent.popleft()
                 answers += self._answers(wire, count, asking=asking)
                 waiting -= count
                 flying -= weight
-            wire.send(group.parts)
-            sent.append(group)
-            waiting += group.num_keys
-            flying += group.num_bytes
-        for _, count, _ in sent:
+            wire.send(parts)
+            sent.append((num_keys, num_bytes))
+            waiting += num_keys
+            flying += num_bytes
+        for count, _ in sent:
             answers += self._answers(wire, count, asking=asking)
         return answers
 
-    def _may_send(self, waiting: int, flying: int) -> bool:
-        """Return whether more may be sent while so many keys, and bytes, are under way."""
-        return waiting < _FLYING_LEAST or (waiting <= _FLYING_MOST and flying <= self.flying_bytes)
-
     def _answers(self, wire: Wire, count: int, *, asking: bool) -> list[Any]:
-        if self.all_well and not asking and wire.accept(self.all_well * count):
-            return [self.all_well[1:-2]] * count
+        well = self.all_well
+        if well and not asking and wire.accept(well * count):
+            return [well[1:-2]] * count
         answers = []
         for _ in range(count):
             if asking:
@@ -170,12 +168,13 @@ class Get(Command):
         """See `Command`; more is asked for after each answer, before anybody looks at that."""
         answers: list[Any] = []
         waiting = flying = 0
+        bound = self.flying_bytes
         groups = self._groups(numbers, asking=asking)
         group = next(groups, None)
 
         def send_more() -> None:
             nonlocal waiting, flying, group
-            while group and self._may_send(waiting, flying):
+            while group and (waiting < _FLYING_LEAST or (flying <= bound and waiting <= _FLYING_MOST)):
                 wire.send(group.parts)
                 waiting += group.num_keys
                 flying += group.num_bytes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from binascii import hexlify
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -159,7 +160,7 @@ class RedisStore(BlockStore):
             raise StoreUnavailable("this store was opened before a fork, in another process; open one in each")
 
     def _names(self, keys: Sequence[BlockKey]) -> list[bytes]:
-        return [self._prefix + key.hex().encode() for key in keys]
+        return [self._prefix + hexlify(key) for key in keys]
 
     def _block_key(self, name: Any) -> BlockKey | None:
         """Return the block key that a name stands for; None if it is somebody else's."""
@@ -170,7 +171,7 @@ class RedisStore(BlockStore):
             key = BlockKey(bytes.fromhex(digits.decode("ascii")))
         except ValueError:
             return None
-        return key if self._prefix + key.hex().encode() == name else None
+        return key if self._names([key]) == [name] else None
 
     def _scan_page(self, node: Node, cursor: bytes) -> tuple[bytes, list[Any]]:
         self._check_usable()

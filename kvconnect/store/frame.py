@@ -88,9 +88,10 @@ def seal_frame(
     Returns:
         The part of `slot` that is the frame.
     """
-    frame = slot[: HEADER_BYTES + payload_bytes]
-    _write_header(frame, CODEC_NONE, payload_bytes, key, fingerprint, order.encode("ascii"), tagger)
-    return frame
+    end = HEADER_BYTES + payload_bytes
+    payload = slot[HEADER_BYTES:end]
+    slot[:HEADER_BYTES] = _header(payload, CODEC_NONE, payload_bytes, key, fingerprint, order.encode("ascii"), tagger)
+    return slot[:end]
 
 
 def compress_frame(frame: memoryview, level: int, tagger: FrameTagger | None = None) -> memoryview:
@@ -102,7 +103,7 @@ def compress_frame(frame: memoryview, level: int, tagger: FrameTagger | None = N
     out = memoryview(bytearray(HEADER_BYTES + len(packed)))
     out[HEADER_BYTES:] = packed
     _, _, _, _, _, _, raw, key, fingerprint, order, _, _, _ = _FIELDS.unpack_from(frame)
-    _write_header(out, CODEC_ZSTD, raw, key, fingerprint, order, tagger)
+    out[:HEADER_BYTES] = _header(out[HEADER_BYTES:], CODEC_ZSTD, raw, key, fingerprint, order, tagger)
     return out
 
 
@@ -171,14 +172,13 @@ def decompress_payload(frame: memoryview, header: FrameHeader) -> bytes:
     return payload
 
 
-def _write_header(
-    out: memoryview, codec: int, raw: int, key: bytes, fingerprint: bytes, order: bytes, tagger: FrameTagger | None
-) -> None:
-    """Write the header of the frame that fills `out`, whose payload is there."""
-    payload = out[HEADER_BYTES:]
+def _header(
+    payload: memoryview, codec: int, raw: int, key: bytes, fingerprint: bytes, order: bytes, tagger: FrameTagger | None
+) -> bytes:
+    """Return the header of the frame with that payload, which has `raw` bytes when unpacked."""
     flags, checksum = (0, xxhash.xxh3_64_intdigest(payload)) if tagger is None else (_KEYED, 0)
     fields = (_MAGIC, _VERSION, codec, flags, HEADER_BYTES, len(payload), raw, key, fingerprint, order, checksum)
-    head = _FIELDS.pack(*fields, _NO_TAG, _ZEROS)
+    header = _FIELDS.pack(*fields, _NO_TAG, _ZEROS)
     if tagger is not None:
-        head = head[:_TAG_AT] + tagger.tag(memoryview(head)[:_TAG_AT], payload) + _ZEROS
-    out[:HEADER_BYTES] = head + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(head))
+        header = header[:_TAG_AT] + tagger.tag(memoryview(header)[:_TAG_AT], payload) + _ZEROS
+    return header + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(header))

@@ -263,10 +263,10 @@ class _Sealed(Sequence[memoryview]):
     def __init__(self, batch: Sequence[SlotFrame], make: Callable[[SlotFrame], memoryview]) -> None:
         self._batch = batch
         self._make = make
-        self._made: dict[int, memoryview] = {}
+        self._made: list[memoryview | None] = [None] * len(batch)
 
     def __len__(self) -> int:
-        return len(self._batch)
+        return len(self._made)
 
     @overload
     def __getitem__(self, index: int) -> memoryview: ...
@@ -277,10 +277,10 @@ class _Sealed(Sequence[memoryview]):
     def __getitem__(self, index: int | slice) -> memoryview | Sequence[memoryview]:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
-        number = range(len(self))[index]
-        if number not in self._made:
-            self._made[number] = self._make(self._batch[number])
-        return self._made[number]
+        frame = self._made[index]
+        if frame is None:
+            frame = self._made[index] = self._make(self._batch[index])
+        return frame
 
 
 def _batches(tier: Tier, frames: Sequence[SlotFrame]) -> list[Sequence[SlotFrame]]:
