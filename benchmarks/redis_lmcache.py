@@ -11,6 +11,7 @@ One server, TCP on loopback; interleaved, in another order each round; medians.
 
 import asyncio
 import os
+import random
 import statistics
 import threading
 import time
@@ -29,9 +30,10 @@ from lmcache.v1.storage_backend.job_executor.pq_executor import AsyncPQExecutor
 from lmcache.v1.storage_backend.native_clients.resp_client import RESPClient
 from redis import asyncio as redis_asyncio
 
-from benchmarks.redis_store import BATCH, TOTAL, TURNS, Blocks, Ours, running_server
+from benchmarks.redis_clients import BATCH, TOTAL, Blocks, Ours, running_server
 
 THREADS, ROUNDS = 2, 17
+TURNS = random.Random(0)  # nobody comes after the same one each time: what the server has just done counts
 
 
 class MemoryObject:

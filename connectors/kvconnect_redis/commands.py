@@ -171,29 +171,30 @@ class Get(Command):
         bound = self.flying_bytes
         groups = self._groups(numbers, asking=asking)
         group = next(groups, None)
-
-        def send_more() -> None:
-            nonlocal waiting, flying, group
+        before: int | None = None
+        for number in numbers:
             while group and (waiting < _FLYING_LEAST or (flying <= bound and waiting <= _FLYING_MOST)):
                 wire.send(group.parts)
                 waiting += group.num_keys
                 flying += group.num_bytes
                 group = next(groups, None)
-
-        send_more()
-        for number in numbers:
+            if before is not None:
+                self._look_at(before, answers[-1])
             if asking:
                 wire.reply()
             buffer = self._buffers[number]
-            answer = wire.reply_into(buffer)
-            answers.append(answer)
+            answers.append(wire.reply_into(buffer))
             waiting -= 1
             flying -= len(buffer)
-            send_more()
-            if isinstance(answer, int):
-                self.arrived.add(number)
-                self._tell(number, answer)
+            before = number
+        if before is not None:
+            self._look_at(before, answers[-1])
         return answers
+
+    def _look_at(self, number: int, answer: Any) -> None:
+        if isinstance(answer, int):
+            self.arrived.add(number)
+            self._tell(number, answer)
 
 
 class Set(Command):

@@ -176,6 +176,20 @@ class Wire:
         length: int | None = room
         if self._memory.startswith(full, self._start, self._end):  # nearly always: it came with the last one's end
             self._start += line_bytes
+            if self._start == self._end and self._deadline - time.monotonic() >= self._armed:  # two system calls
+                self._start = self._end = 0
+                try:
+                    here = self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
+                    if here == room:
+                        self._end = self._sock.recv_into(self._memory, 2 + line_bytes)
+                except OSError as error:
+                    raise self._late_or_lost(error) from error
+                self.answered = True
+                if here < room:
+                    self._arrived(here)
+                    self._fill(buffer[here:])
+                self._line_end(line_bytes)
+                return room
         else:
             line = self._line(line_bytes)
             if line[:1] == b"-":
