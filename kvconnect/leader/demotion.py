@@ -112,6 +112,7 @@ class Demotions:
             above: Only to tiers before this one.
         """
         now = self._clock()
+        away = {tier for tier in self._tiers if self._is_away(tier)}
         for entry in entries:
             if self._index.is_quarantined(entry.slot):
                 continue  # how its last move ended would be taken for how this one did
@@ -125,7 +126,7 @@ class Demotions:
                     if tier in self._holding:
                         self._wait(down, entry, now)
                 elif not entry.refused >> tier & 1 and self._takes(down, entry):
-                    if self._is_away(tier):
+                    if tier in away:
                         self.counts["demotes_dropped"] += 1
                     else:
                         self._wait(down, entry, now)

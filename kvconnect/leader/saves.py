@@ -156,7 +156,8 @@ class SavePlanner:
                     self._counts["saves_without_slot"] += 1
                     continue
                 entry.decoded = self._is_decoded(state, ordinal)
-                self._events.remember(entry, state, ordinal)
+                if self._events.enabled:
+                    self._events.remember(entry, state, ordinal)
                 planned.append((entry, ordinal))
                 draft.save(state, entry, table[ordinal], ordinal)
             parent = block_hash
