@@ -176,11 +176,11 @@ class Wire:
         length: int | None = room
         if self._memory.startswith(full, self._start, self._end):  # nearly always: it came with the last one's end
             self._start += line_bytes
-            if self._start == self._end and self._deadline - time.monotonic() >= self._armed:  # two system calls
+            if self._start == self._end and self._deadline - time.monotonic() >= self._armed:
                 self._start = self._end = 0
                 try:
                     here = self._sock.recv_into(buffer, 0, socket.MSG_WAITALL)
-                    if here == room:
+                    if here == room and self._deadline - time.monotonic() >= self._armed:
                         self._end = self._sock.recv_into(self._memory, 2 + line_bytes)
                 except OSError as error:
                     raise self._late_or_lost(error) from error

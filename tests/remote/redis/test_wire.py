@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import pytest
 from kvconnect_redis import RedisStore
+from kvconnect_redis.wire import Late, Wire
 
 from kvconnect.errors import StoreUnavailable
 from tests.remote.redis.conftest import OpenStore
@@ -162,6 +163,25 @@ def test_answers_that_nobody_asked_for_are_not_taken_for_the_next(babbler: Babbl
         babbler.says = b"$4\r\nnext\r\n"
         with contextlib.suppress(StoreUnavailable):
             assert read(store, 1, size=64) == [b"next"]
+
+
+def test_value_that_takes_most_of_the_time_leaves_its_end_only_the_rest() -> None:
+    """By halves: a system call each for a value and its end, each with a timeout of its own."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire = Wire(ours, "a server", ours.close)
+        started = time.monotonic()
+        wire.begin(started + 1.0)
+        theirs.sendall(b"$5\r\nfirst\r\n$5\r\n")  # with the next one's line, as when more was asked for
+        buffer = memoryview(bytearray(5))
+        assert wire.reply_into(buffer) == 5
+        timer = threading.Timer(0.8, theirs.sendall, (b"value",))
+        timer.start()
+        with pytest.raises(Late):
+            wire.reply_into(buffer)
+        assert time.monotonic() - started < 1.5
+        assert bytes(buffer) == b"value"
+        timer.join()
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
