@@ -3,8 +3,8 @@
     PYTHONPATH=.:connectors python -m benchmarks.redis_lmcache    # where lmcache 0.5.6 and redis are installed
 
 LMCache's connectors are called where its engine calls them, with a batch of memory objects: `RedisConnector`
-(``redis://``, Python) and the client of `RESPConnector` (``resp://``, C++ threads; 8 is its default). Their memory lies
-ready and warm, so what LMCache spends on allocating is left out. Ours seals and verifies every frame, on two threads;
+(``redis://``, Python) and `RESPConnector` (``resp://``, C++ threads; 8 is its default). Their memory lies ready
+and warm, so what LMCache spends on allocating is left out. Ours seals and verifies every frame, on two threads;
 theirs check nothing. "unchecked" is ours with frames that were sealed before, and that nobody verifies: equal terms.
 One server, TCP on loopback; interleaved, in another order each round; medians.
 """
@@ -25,7 +25,7 @@ os.environ.update(LMCACHE_TRACK_USAGE="false", LMCACHE_LOG_LEVEL="ERROR")  # bef
 import torch
 from lmcache.v1.memory_management import MemoryFormat
 from lmcache.v1.protocol import init_remote_metadata_info
-from lmcache.v1.storage_backend.connector.redis_connector import RedisConnector
+from lmcache.v1.storage_backend.connector.redis_connector import RedisConnector, RESPConnector
 from lmcache.v1.storage_backend.job_executor.pq_executor import AsyncPQExecutor
 from lmcache.v1.storage_backend.native_clients.resp_client import RESPClient
 from redis import asyncio as redis_asyncio
@@ -70,23 +70,34 @@ class Lmcache:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
 
-class Python(Lmcache):
-    """`RedisConnector`, made without the parts of an engine that its constructor asks for."""
+class Connector(Lmcache):
+    """A connector of theirs, made without the parts of an engine that its constructor asks for."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, threads: int | None = None) -> None:
+        """Open a connection.
+
+        Args:
+            port: The server's.
+            threads: C++ threads of ``resp://``; None for ``redis://``.
+        """
         super().__init__()
         self.free: list[memoryview] = []
-        self.run(self.open(port))
+        self.run(self.open(port, threads))
 
-    async def open(self, port: int) -> None:
-        self.connector = object.__new__(RedisConnector)
-        self.connector.sem = asyncio.Semaphore(150)
-        self.connector.connection = redis_asyncio.Redis(port=port, max_connections=150)
+    async def open(self, port: int, threads: int | None) -> None:
+        if threads is None:
+            self.connector = object.__new__(RedisConnector)
+            self.connector.sem = asyncio.Semaphore(150)
+            self.connector.connection = redis_asyncio.Redis(port=port, max_connections=150)
+        else:
+            self.connector = object.__new__(RESPConnector)
+            self.connector.client = RESPClient("127.0.0.1", port, threads, self.loop)
+            self.connector.meta_shapes = self.connector.meta_dtypes = self.connector.meta_fmt = None
         self.connector.local_cpu_backend = self
         self.connector.pq_executor = AsyncPQExecutor(self.loop)
 
-    def allocate(self, shapes: Sequence[torch.Size], dtypes: Any, fmt: Any) -> MemoryObject:
-        return MemoryObject(self.free.pop())
+    def allocate(self, shapes: Any, dtypes: Any, fmt: Any) -> MemoryObject:
+        return MemoryObject(self.free.pop(0))
 
     def put(self, keys: list[Key], sent: list[memoryview]) -> None:
         self.run(self.connector.batched_put(keys, [MemoryObject(memory) for memory in sent]))
@@ -111,23 +122,6 @@ class Unchecked(Ours):
             assert all(self.store.read([blocks.keys[n] for n in numbers], [blocks.received[n] for n in numbers]))
 
 
-class Native(Lmcache):
-    """The C++ client below `RESPConnector`."""
-
-    def __init__(self, port: int, threads: int) -> None:
-        super().__init__()
-        self.client = self.run(self.open(port, threads))
-
-    async def open(self, port: int, threads: int) -> RESPClient:
-        return RESPClient("127.0.0.1", port, threads, self.loop)
-
-    def put(self, keys: list[Key], sent: list[memoryview]) -> None:
-        self.run(self.client.batch_set(keys, sent))
-
-    def get(self, keys: list[Key], received: list[memoryview]) -> None:
-        self.run(self.client.batch_get(keys, received))
-
-
 def compare(port: int, size: int) -> None:
     each = [Blocks(size, TOTAL // size // THREADS) for _ in range(THREADS)]
     works: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {}
@@ -135,9 +129,9 @@ def compare(port: int, size: int) -> None:
         for name, ours in (("ours", Ours(port)), ("unchecked", Unchecked(port))):
             works[name] = partial(_all, pool, ours.put, each), partial(_all, pool, ours.get, each)
         for name, theirs in (
-            ("redis://", Python(port)),
-            ("resp:// 2", Native(port, 2)),
-            ("resp:// 8", Native(port, 8)),
+            ("redis://", Connector(port)),
+            ("resp:// 2", Connector(port, 2)),
+            ("resp:// 8", Connector(port, 8)),
         ):
             keys = [Key(f"{name}@{key.hex()}") for blocks in each for key in blocks.keys]
             sent = [memory for blocks in each for memory in blocks.sent]
