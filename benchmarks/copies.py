@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from kvconnect.worker.copies import BlockCopier
 LAYERS, TOKENS, HEADS, DIM, BLOCKS, PAGES = 32, 16, 8, 128, 64, 128
 AXES = {
     "dense": ("token", "head", "dim"),
+    "neighbours": ("token", "head", "dim"),
     "view of dense": ("head", "token", "dim"),
     "padded": ("token", "head", "dim"),
 }
@@ -39,11 +41,10 @@ def layout(name: str) -> KVCacheLayout:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     size = LAYERS * 2 * TOKENS * HEADS * DIM * 2
     source, target = (np.ones((BLOCKS, size // 8), dtype=np.int64) for _ in range(2))
     rng = np.random.default_rng(0)
-    pages = rng.permutation(PAGES)[:BLOCKS].tolist()
+    pages_of = {name: rng.permutation(PAGES)[:BLOCKS].tolist() for name in AXES} | {"neighbours": list(range(BLOCKS))}
 
     def memcpy(rows: range) -> None:
         for row in rows:
@@ -52,13 +53,15 @@ def main() -> None:
     print(f"{BLOCKS} blocks of {size >> 20} MiB")
     print(f"{'layout':14} threads {'memcpy':>11} {'gather':>11} {'scatter':>11}  gather/memcpy  scatter/memcpy")
     for name in AXES:
+        pages = pages_of[name]
         for threads in (1, 2):
+            torch.set_num_threads(threads)
             with ThreadPoolExecutor(1) as pool:
                 described = layout(name)
                 arena = Arena((BLOCKS + 1) * (size + 8192), size, pinned=False)
                 order = described.payload_order(0)
                 copies = BlockCopier(described.groups[0], arena, order, pool if threads == 2 else None)
-                slots = rng.permutation(BLOCKS).tolist()
+                slots = list(range(BLOCKS)) if name == "neighbours" else rng.permutation(BLOCKS).tolist()
 
                 def both(pool: ThreadPoolExecutor = pool, threads: int = threads) -> None:
                     half = BLOCKS // 2 if threads == 2 else BLOCKS
@@ -66,11 +69,8 @@ def main() -> None:
                     memcpy(range(half))
                     other.result()
 
-                def gather(copies: BlockCopier = copies, slots: list[int] = slots) -> None:
-                    copies.gather(pages, slots)
-
-                def scatter(copies: BlockCopier = copies, slots: list[int] = slots, order: str = order) -> None:
-                    copies.scatter(pages, slots, [order] * BLOCKS)
+                gather = partial(copies.gather, pages, slots)
+                scatter = partial(copies.scatter, pages, slots, [order] * BLOCKS)
 
                 works: dict[str, Callable[[], None]] = {"memcpy": both, "gather": gather, "scatter": scatter}
                 times: dict[str, list[float]] = {kind: [] for kind in works}

@@ -2,7 +2,8 @@
 
 A block's payload is its part of each region, one behind the other, each dense in the region's own order. Where a
 block's part has dense rows, on the CPU, they are copied as machine words through numpy, which lets other threads run
-meanwhile; `benchmarks/copies.py` measures it against memcpy, and against the general path.
+meanwhile; long runs of neighbours go through torch, on its threads. `benchmarks/copies.py` measures both against
+memcpy.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ _DENSE_BYTES = 64
 
 # Below this a second thread costs more than it brings.
 _PARALLEL_BYTES = 2 << 20
+
+# Runs of neighbours that are this long in each region are copied on torch's threads, which the forward pass has just
+# used and which still spin: 1.3 to 1.7 times as fast as numpy on two threads. For short ones starting them costs more.
+_LONG_BYTES = 512 << 10
 
 _Words = np.ndarray[Any, Any]
 
@@ -53,6 +58,9 @@ class BlockCopier:
             start += region.block_bytes
         self._num_pages = int(group.regions[0].tensor.shape[0])
         self._words = self._word_views()
+        self._whole = bool(self._words) and all(pages.ndim == 2 for _, pages in self._words)
+        # by way of numpy: a tensor that was made in inference mode may not be written to outside of it
+        self._tensors = [(torch.from_numpy(slots), torch.from_numpy(pages)) for slots, pages in self._words]
 
     def gather(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
         """Copy each page into its slot's payload; complete on return.
@@ -61,7 +69,7 @@ class BlockCopier:
             block_ids: Pages; none is negative.
             slots: The slot of each.
         """
-        self._each(block_ids, slots, self._gather_words if self._words is not None else self._gather_tensors)
+        self._each(block_ids, slots, self._gather_words if self._words else self._gather_tensors, self._gather_runs)
 
     def scatter(self, block_ids: Sequence[int], slots: Sequence[int], orders: Sequence[str]) -> None:
         """Copy each slot's payload into its page; complete on return.
@@ -73,7 +81,8 @@ class BlockCopier:
         """
         native = [i for i, order in enumerate(orders) if order == self._order]
         if len(native) == len(orders):
-            self._each(block_ids, slots, self._scatter_words if self._words is not None else self._scatter_tensors)
+            copy = self._scatter_words if self._words else self._scatter_tensors
+            self._each(block_ids, slots, copy, self._scatter_runs)
             return
         self.scatter([block_ids[i] for i in native], [slots[i] for i in native], [self._order] * len(native))
         for block_id, slot, order in zip(block_ids, slots, orders, strict=True):
@@ -86,22 +95,29 @@ class BlockCopier:
         block_ids: Sequence[int],
         slots: Sequence[int],
         copy: Callable[[Sequence[tuple[int, int]]], None],
+        copy_runs: Callable[[Sequence[tuple[int, int, int]]], None],
     ) -> None:
         pairs = list(zip(block_ids, slots, strict=True))
         if pairs and not (min(block_ids) >= 0 and max(block_ids) < self._num_pages):  # a slice would end there silently
             raise IndexError(f"pages {min(block_ids)} to {max(block_ids)} of {self._num_pages}")
         if pairs and not (min(slots) >= 0 and max(slots) < self._arena.num_slots):
             raise IndexError(f"slots {min(slots)} to {max(slots)} of {self._arena.num_slots}")
-        if self._pool is None or len(pairs) < 2 or len(pairs) * self._group.payload_bytes < _PARALLEL_BYTES:
+        num_bytes = len(pairs) * self._group.payload_bytes
+        if self._pool is None or len(pairs) < 2 or num_bytes < _PARALLEL_BYTES:
             copy(pairs)
             return
+        if self._whole and torch.get_num_threads() > 1:
+            runs = list(_runs(pairs))
+            if num_bytes >= len(runs) * len(self._parts) * _LONG_BYTES:
+                copy_runs(runs)
+                return
         half = len(pairs) // 2
         other = self._pool.submit(copy, pairs[half:])
         copy(pairs[:half])
         other.result()
 
-    def _word_views(self) -> list[tuple[_Words, _Words]] | None:
-        """Return, for each region, (slots, pages) as word arrays of one shape; None if some region has none.
+    def _word_views(self) -> list[tuple[_Words, _Words]]:
+        """Return, for each region, (slots, pages) as word arrays of one shape; nothing if some region has none.
 
         What is dense at the inner end of a block becomes one dimension of words, the rest stays as it is: a block that
         is dense as a whole has two dimensions, one that shares each head's memory with other regions has three.
@@ -110,13 +126,13 @@ class BlockCopier:
         for start, end, region in self._parts:
             tensor = region.tensor
             if tensor.device.type != "cpu" or tensor.stride(-1) != 1:
-                return None
+                return []
             shape, strides, inner = list(tensor.shape), list(tensor.stride()), 1
             while len(shape) > 1 and strides[-1] == inner:
                 inner *= shape.pop()
                 strides.pop()
             if inner * tensor.element_size() < _DENSE_BYTES:
-                return None
+                return []
             pages = torch.as_strided(tensor, (*shape, inner), (*strides, 1))
             slots = self._arena.slots[:, start:end]
             for dtype in (torch.int64, torch.int32, torch.uint8):
@@ -129,16 +145,24 @@ class BlockCopier:
         return views
 
     def _gather_words(self, pairs: Sequence[tuple[int, int]]) -> None:
-        assert self._words is not None
         for block_id, slot, count in _runs(pairs):
             for slots, pages in self._words:
                 slots[slot : slot + count] = pages[block_id : block_id + count]
 
     def _scatter_words(self, pairs: Sequence[tuple[int, int]]) -> None:
-        assert self._words is not None
         for block_id, slot, count in _runs(pairs):
             for slots, pages in self._words:
                 pages[block_id : block_id + count] = slots[slot : slot + count]
+
+    def _gather_runs(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        for block_id, slot, count in runs:
+            for slots, pages in self._tensors:
+                slots[slot : slot + count].copy_(pages[block_id : block_id + count])
+
+    def _scatter_runs(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        for block_id, slot, count in runs:
+            for slots, pages in self._tensors:
+                pages[block_id : block_id + count].copy_(slots[slot : slot + count])
 
     def _gather_tensors(self, pairs: Sequence[tuple[int, int]]) -> None:
         for block_id, slot in pairs:

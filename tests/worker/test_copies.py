@@ -200,6 +200,35 @@ def test_large_copies_are_shared_among_threads_and_still_right() -> None:
     assert torch.equal(region.tensor, tensor.flip(0))
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_long_runs_of_neighbours_go_over_torchs_threads_and_are_still_right(
+    inference: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # pytest's workers have one
+    with torch.inference_mode(inference):  # as vLLM makes its cache; its tensors may not be written to outside
+        tensor = torch.randint(-(2**31), 2**31, (24, 1 << 17), dtype=torch.int32)
+        layout = layout_of(Region(tensor=tensor.clone(), axes=(), layers=(0, 1, 2), roles=("key",), opaque="words"))
+    kept = layout.groups[0].regions[0].tensor
+    arena = Arena(30 << 20, layout.groups[0].payload_bytes, pinned=False)
+    arena.slots.fill_(0xAA)
+    pages, slots = [*range(2, 14), *range(16, 20)], [*range(8, 20), *range(1, 5)]  # two runs of both
+    with ThreadPoolExecutor(1) as pool:
+        copies = copier(layout, arena, pool)
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "submit", lambda *_: pytest.fail("these are runs for torch"))
+            copies.gather(pages, slots)
+            kept.numpy().fill(0)
+            copies.scatter([page + 4 for page in pages], slots, [layout.payload_order(0)] * len(pages))
+    expected = torch.zeros_like(tensor)
+    expected[[page + 4 for page in pages]] = tensor[pages]
+    assert torch.equal(kept, expected)
+    payload = slice(HEADER_BYTES, HEADER_BYTES + layout.groups[0].payload_bytes)
+    untouched = torch.ones_like(arena.slots, dtype=torch.bool)
+    for slot in slots:
+        untouched[slot, payload] = False
+    assert bool((arena.slots[untouched] == 0xAA).all())
+
+
 @pytest.mark.parametrize(("page", "slot"), [(PAGES, 0), (-1, 0), (0, 10**6), (0, -1)])
 @pytest.mark.parametrize("dense", [True, False])
 def test_page_or_slot_that_is_none_is_an_error_and_moves_nothing(page: int, slot: int, dense: bool) -> None:
