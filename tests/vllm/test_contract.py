@@ -142,7 +142,13 @@ class WholeVllm(EngineUnderTest):
             self._context.__exit__(None, None, None)
 
 
+# what it finds out about a model's class, in a process of its own, the first time that a machine sees it
+REGISTRY = ("vllm.model_executor.models.registry",)
+
+
 class TestScheduler(EngineTests):
+    may_unpickle = REGISTRY
+
     @pytest.fixture
     def engine(self, folder: Path) -> type[EngineUnderTest]:
         SteppedVllm.checkpoint = folder
@@ -156,6 +162,7 @@ class TestScheduler(EngineTests):
 class TestEngine(EngineTests):
     """Whatever raises or answers rubbish is tried on the scheduler above; here is the runner, with its layers."""
 
+    may_unpickle = REGISTRY
     test_connector_that_raises_costs_no_answer = None
     test_rubbish_answers_are_no_match = None
 
